@@ -40,18 +40,17 @@ DETECTION = pa.struct(
     ]
 )
 
-PREDICTIONS = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("height", pa.int32()),
-        pa.field("width", pa.int32()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-        pa.field("detections", pa.list_(DETECTION), nullable=False),
-    ]
-)
+_COLUMNS: list[pa.Field] = [
+    pa.field("image_id", pa.string(), nullable=False),
+    pa.field("shard", pa.string(), nullable=False),
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("height", pa.int32()),
+    pa.field("width", pa.int32()),
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("error", pa.string()),
+    pa.field("detections", pa.list_(DETECTION), nullable=False),
+]
+PREDICTIONS = pa.schema(_COLUMNS)
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

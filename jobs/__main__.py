@@ -1,0 +1,68 @@
+"""The command line: `segjobs VERB`, the same as `python -m jobs VERB`.
+
+Exit codes: 0 all that was promised is done; 1 failed; 2 bad arguments; 3 done, but images are in error and
+`--fail-on-error` was asked.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jsonargparse
+
+from jobs.config import (
+    DemoConfig,
+    InitConfig,
+    PackConfig,
+    PredictConfig,
+    StatusConfig,
+    from_namespace,
+    parser_for,
+)
+from jobs.console import error_console
+
+VERBS: dict[str, type[Any]] = {
+    "predict": PredictConfig,
+    "status": StatusConfig,
+    "init": InitConfig,
+    "pack": PackConfig,
+    "demo": DemoConfig,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    parser = jsonargparse.ArgumentParser(
+        prog="segjobs",
+        description="Offline instance segmentation at scale: a bucket of images in, a table of masks out, "
+        "exactly once.",
+        epilog="`segjobs VERB --help` explains a verb. Every URI may be a local path, s3://, gs:// or "
+        "another scheme that pyarrow.fs reads.",
+    )
+    verbs = parser.add_subcommands(dest="verb", required=True)
+    parsers = {verb: parser_for(config_class) for verb, config_class in VERBS.items()}
+    for verb, verb_parser in parsers.items():
+        verbs.add_subcommand(verb, verb_parser, help=VERBS[verb].__doc__)
+    values = parser.parse_args(None if arguments is None else list(arguments))
+    verb = str(values.verb)
+    try:
+        config: Any = from_namespace(VERBS[verb], values[verb])
+    except ValueError as error:
+        parsers[verb].error(str(error))
+    # Only the verb that runs is imported: torch and Ray take seconds.
+    run = importlib.import_module(f"jobs.{verb}").run
+    try:
+        return int(run(config))
+    except KeyboardInterrupt:
+        error_console.print("Stopped. Run the same command again to go on.")
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        # What a user or a store did: the message says what to do. Anything else is ours, and keeps its
+        # traceback.
+        error_console.print(f"segjobs {verb}: {error}", style="bold red", markup=False)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Chunks: a fixed range of images of one shard, and the name of the one output object it becomes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+PREDICTIONS_FOLDER = "predictions"
+
+Kind = Literal["tar", "parquet", "objects", "uris", "verdict"]
+
+CHUNKS = pa.schema(
+    [
+        ("chunk_id", pa.string()),
+        ("kind", pa.string()),
+        ("shard", pa.string()),
+        ("size", pa.int64()),
+        ("etag", pa.string()),
+        ("start", pa.int64()),
+        ("num_images", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("byte_start", pa.int64()),
+        ("byte_stop", pa.int64()),
+        ("renamed", pa.map_(pa.int64(), pa.string())),
+        ("list_path", pa.string()),
+        ("key", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A fixed range of images of one shard.
+
+    Attributes:
+        chunk_id: Unique in the plan; the order of ids is the order of images.
+        kind: `tar`, `parquet`, `objects` (a range of a list of loose images), `uris` (of a manifest's
+            images), or `verdict`: an image known to be unreadable, or a shard that is damaged; nothing
+            is read, one row says why.
+        shard: Path of the shard relative to the input; empty for `objects`.
+        size: Bytes of the shard.
+        etag: Of the shard.
+        start: Number of the first image in its shard or list.
+        num_images: Rows of the output object.
+        num_bytes: Bytes of the images, to measure work with.
+        byte_start: Tar only: the first byte to read.
+        byte_stop: Tar only: the byte behind the last.
+        renamed: Keys, by number in the shard, of images whose name was there before.
+        list_path: `objects` and `uris` only: the list, relative to the output.
+        key: Verdict only: the image's key, empty for the shard as a whole.
+        error: Verdict only.
+    """
+
+    chunk_id: str = ""
+    kind: Kind
+    shard: str = ""
+    size: int = 0
+    etag: str = ""
+    start: int = 0
+    num_images: int
+    num_bytes: int = 0
+    byte_start: int = 0
+    byte_stop: int = 0
+    renamed: tuple[tuple[int, str], ...] = ()
+    list_path: str = ""
+    key: str = ""
+    error: str | None = None
+
+    @property
+    def output_path(self) -> str:
+        """Where its rows go, relative to the output."""
+        return output_path(self.chunk_id)
+
+
+def output_path(chunk_id: str) -> str:
+    """Return where a chunk's rows go, relative to the output."""
+    return f"{PREDICTIONS_FOLDER}/{chunk_id}.parquet"
+
+
+def to_table(chunks: Iterable[Chunk]) -> pa.Table:
+    """Return chunks as a table of `CHUNKS`."""
+    return pa.Table.from_pylist([asdict(chunk) for chunk in chunks], schema=CHUNKS)
+
+
+def from_table(table: pa.Table) -> Iterator[Chunk]:
+    """Yield the chunks of a table of `CHUNKS`."""
+    for batch in table.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            yield Chunk(**{**row, "renamed": tuple(row["renamed"])})
+
+
+def numbered(table: pa.Table, limit: int | None) -> pa.Table:
+    """Give chunks their ids, in order, and cut them off after `limit` images."""
+    if limit is not None:
+        left, kept = limit, []
+        for row in table.to_pylist():
+            if left > 0:
+                kept.append({**row, "num_images": min(left, row["num_images"])})
+                left -= row["num_images"]
+        table = pa.Table.from_pylist(kept, schema=CHUNKS)
+    ids = pa.array([f"{number:08d}" for number in range(table.num_rows)], pa.string())
+    return table.set_column(0, "chunk_id", ids)

@@ -1,0 +1,217 @@
+"""One frozen, validated dataclass for each verb; a field is a flag, a key of the YAML file, and a help line.
+
+jsonargparse reads flags and `--config FILE.yaml`, checks types, refuses what it does not know and prints the
+effective configuration; what a value may be is checked here, when the dataclass is made.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
+
+import jsonargparse
+
+from jobs.detect import Format
+from segmodel.images import MAX_PIXELS
+from segmodel.settings import ARCHITECTURES, Architecture, Precision
+
+Config = TypeVar("Config")
+
+_ENDPOINT_HELP = (
+    "S3-compatible store, for example http://127.0.0.1:9000; AWS_ENDPOINT_URL if left out"
+)
+
+
+class ConfigError(ValueError):
+    """A value that cannot be; the message names the flag and what it may be."""
+
+
+def option(help_: str, default: Any = MISSING, *, positional: bool = False) -> Any:
+    """Declare a field that is a flag of the command line."""
+    metadata = {"help": help_, "positional": positional}
+    if default is MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Segment every image of the input and write one table row for each."""
+
+    input: str = option("folder, prefix or single shard, image or manifest: a path or a URI")
+    output: str = option("folder or prefix of the table; run again with the same one to go on")
+    model: str = option("model bundle: a folder or prefix (make one by `segjobs init`)")
+    format: Format = option("how the input is read; auto looks and says what it chose", "auto")
+    score_threshold: float | None = option(
+        "drop detections that score lower; else the bundle's", None
+    )
+    max_detections: int | None = option("detections for an image, at most; else the bundle's", None)
+    precision: Precision = option("arithmetic; auto is fp32 until another has been proved", "auto")
+    tasks: Literal["masks", "boxes"] = option("boxes leaves the masks out and is faster", "masks")
+    batch_size: int | None = option(
+        "images in a batch; 8 on a GPU and 1 on a CPU if left out", None
+    )
+    min_actors: int | None = option(
+        "copies of the model, at least; as many as fit if left out", None
+    )
+    max_actors: int | None = option(
+        "copies of the model, at most; as many as fit if left out", None
+    )
+    gpus_per_actor: float | None = option(
+        "GPUs of each copy, fractions too; 1 where there is a GPU, else 0", None
+    )
+    chunk_size: int = option("images in an output file, at most", 256)
+    limit: int | None = option("plan only the first so many images", None)
+    image_column: str | None = option("column of Parquet shards that holds the images", None)
+    max_pixels: int = option("refuse larger images, before they are decoded", MAX_PIXELS)
+    plan_only: bool = option("show the plan, write nothing", False)  # noqa: FBT003
+    frozen_plan: bool = option("go on although the input has changed since it was planned", False)  # noqa: FBT003
+    retry_errors: bool = option("do the rows in error again, only them", False)  # noqa: FBT003
+    fail_on_error: bool = option("exit with 3 when rows are in error", False)  # noqa: FBT003
+    address: str | None = option(
+        "Ray cluster to use; RAY_ADDRESS, then a local Ray, if left out", None
+    )
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
+        for name in (
+            "max_detections",
+            "batch_size",
+            "min_actors",
+            "max_actors",
+            "chunk_size",
+            "limit",
+        ):
+            _check(name, getattr(self, name), lambda v: v >= 1, "1 or more")
+        _check("max_pixels", self.max_pixels, lambda v: v >= 1, "1 or more")
+        _check(
+            "gpus_per_actor",
+            self.gpus_per_actor,
+            lambda v: 0 <= v < 1 or v == int(v),
+            "0, a fraction of 1, or a whole number",
+        )
+        if self.min_actors and self.max_actors and self.min_actors > self.max_actors:
+            raise ConfigError(
+                f"--min-actors ({self.min_actors}) is more than --max-actors ({self.max_actors})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Say how far a job is: planned, done, failed, left, rate and time left."""
+
+    output: str = option("the job's --output", positional=True)
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Make a model bundle from random, published or own weights."""
+
+    arch: Architecture = option(f"one of {', '.join(ARCHITECTURES)}")
+    weights: str = option(
+        "random; coco or imagenet (torchvision's, downloaded once); or FILE.pth or FILE.safetensors"
+    )
+    output: str = option("folder or prefix of the bundle")
+    categories: str | None = option(
+        "JSON or YAML list of {id, name}, or a COCO file; COCO's 80 if left out with coco weights",
+        None,
+    )
+    seed: int = option("of the random weights", 0)
+    min_size: int | None = option("shorter side of the network's input in pixels", None)
+    max_size: int | None = option("longer side, at most", None)
+    norm_eps: float = option("of the backbone's normalisation, for weights from a file", 1e-5)
+    score_threshold: float = option("the bundle's default", 0.05)
+    max_detections: int = option("the bundle's default", 100)
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
+        _check("max_detections", self.max_detections, lambda v: v >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Pack loose images, shards or a manifest into Parquet shards that `datasets` opens."""
+
+    images: str = option("folder, prefix, shard or manifest of images")
+    output: str = option("folder or prefix of the shards")
+    format: Format = option("how the images are read", "auto")
+    shard_size: int = option("images in a shard, at most", 1000)
+    address: str | None = option(
+        "Ray cluster to use; RAY_ADDRESS, then a local Ray, if left out", None
+    )
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        _check("shard_size", self.shard_size, lambda v: v >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Make synthetic shards, predict them, and show what came out: one machine, no network."""
+
+    output: str = option("folder of everything the demo makes", "demo-output")
+    scenes: int = option("synthetic images", 48)
+    seed: int = option("of the scenes", 0)
+
+    def __post_init__(self) -> None:
+        _check("scenes", self.scenes, lambda v: v >= 1, "1 or more")
+
+
+def parser_for(config_class: type[Any]) -> jsonargparse.ArgumentParser:
+    """Return the parser of one verb: a flag for each field of its dataclass."""
+    parser = _Parser(description=config_class.__doc__)
+    parser.add_argument(
+        "--config", action="config", help="YAML file with the keys below; flags win"
+    )
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        _add_flag(parser, field, hints[field.name])
+    return parser
+
+
+def from_namespace(config_class: type[Config], values: jsonargparse.Namespace) -> Config:
+    """Make a verb's configuration of what its parser read.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**{name: value for name, value in vars(values).items() if name in names})
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Adds the nearest known name to the error about an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        known += [action.dest for action in self._actions]
+        for word in re.findall(r"[\w.-]+", message):
+            close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+            if close and word not in known:
+                message = f"{message.rstrip('.')} - did you mean {close[0]}?"
+                break
+        super().error(message, ex)
+
+
+def _add_flag(parser: jsonargparse.ArgumentParser, field: "Field[Any]", hint: Any) -> None:
+    help_ = field.metadata["help"]
+    if field.metadata["positional"]:
+        parser.add_argument(field.name, type=hint, help=help_)
+        return
+    flag = "--" + field.name.replace("_", "-")
+    if hint is bool:
+        parser.add_argument(flag, action="store_true", help=help_)
+    elif field.default is MISSING:
+        parser.add_argument(flag, type=hint, required=True, help=help_)
+    else:
+        parser.add_argument(flag, type=hint, default=field.default, help=help_)
+
+
+def _check(name: str, value: Any, holds: Callable[[Any], bool], words: str) -> None:
+    if value is not None and not holds(value):
+        raise ConfigError(f"--{name.replace('_', '-')} must be {words}, not {value}")

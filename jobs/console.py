@@ -1,0 +1,105 @@
+"""What a person sees: tables, progress, numbers with units."""
+
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False, soft_wrap=True)
+error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# Where no person looks (a log file, a cluster's driver), one line a minute is enough.
+LOG_EVERY_S = 60
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print a table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person reads it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.1f} images/s")
+
+
+class ImageProgress:
+    """A progress bar over images with rate and time left; without a terminal, one line a minute."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+        self._started, self._first = time.monotonic(), done
+        self._logged = self._started
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeRemainingColumn(),
+                console=console,
+                # Chunks finish in bursts: a rate over less than this jumps about.
+                speed_estimate_period=120,
+            )
+            self._task = self._bar.add_task("images", total=total, completed=done)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, images: int) -> None:
+        """Say that so many more images are done."""
+        self.done += images
+        if self._bar:
+            self._bar.advance(self._task, images)
+        elif time.monotonic() - self._logged >= LOG_EVERY_S:
+            self._logged = time.monotonic()
+            rate = (self.done - self._first) / (self._logged - self._started)
+            left = duration((self.total - self.done) / rate)
+            console.print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left")
+            sys.stdout.flush()

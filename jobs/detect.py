@@ -1,0 +1,173 @@
+"""What lies at the input: which objects, and how they are to be read."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.storage import ObjectInfo, Store, open_store, split_uri
+from jobs.tar import IMAGE_SUFFIXES
+
+Format = Literal["auto", "webdataset", "parquet", "images", "manifest"]
+
+OBJECTS = pa.schema([("path", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
+
+# A listing becomes Arrow in batches of so many: millions of objects cost about 100 bytes each.
+LISTING_BATCH = 65_536
+FOOTER_WINDOW = 2**20
+
+_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "parquet": (".parquet",),
+    "manifest": (".csv", ".jsonl"),
+    "images": tuple(sorted(IMAGE_SUFFIXES)),
+}
+
+
+class InputError(ValueError):
+    """The input cannot be used as it is; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """An input that was listed.
+
+    Attributes:
+        store: Its folder.
+        format: How it is read; never `auto`.
+        why: Why so.
+        objects: Its shards, manifests or images: a table of `OBJECTS`, sorted by path.
+        notes: What a person should know.
+    """
+
+    store: Store
+    format: str
+    why: str
+    objects: pa.Table
+    notes: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Return a digest over paths, sizes and etags."""
+        digest = hashlib.sha256()
+        for batch in self.objects.to_batches(max_chunksize=LISTING_BATCH):
+            for column in batch.columns:
+                digest.update("\n".join(map(str, column.to_pylist())).encode())
+        return digest.hexdigest()
+
+
+def look(uri: str, format_: Format, endpoint_url: str | None) -> Input:
+    """List an input and find out how to read it.
+
+    Args:
+        uri: A folder, or one shard, manifest or image.
+        format_: What the user asked for.
+        endpoint_url: See `storage.open_store`.
+
+    Raises:
+        InputError: There is nothing, or more than one kind of input and none was asked for.
+    """
+    store, listing = _listing(uri, endpoint_url)
+    if not listing.num_rows:
+        raise InputError(f"there is nothing at {uri}: check the path and --endpoint-url")
+    kinds = [_kind(path) for path in listing["path"].to_pylist()]
+    if "parquet" in kinds and _is_manifest(store, listing.slice(kinds.index("parquet"), 1)):
+        kinds = ["manifest" if kind == "parquet" else kind for kind in kinds]
+    chosen, why = _choose(format_, Counter(kinds), uri)
+    kept = listing.filter(pa.array([kind == chosen for kind in kinds]))
+    if not kept.num_rows:
+        raise InputError(f"nothing at {uri} can be read as {chosen}: check --format")
+    ignored = listing.num_rows - kept.num_rows
+    notes = (f"{ignored} objects that are not {chosen} are ignored",) if ignored else ()
+    return Input(store=store, format=chosen, why=why, objects=kept, notes=notes)
+
+
+def objects_of(table: pa.Table) -> list[ObjectInfo]:
+    """Return the rows of a table of `OBJECTS`."""
+    return [ObjectInfo(**row) for row in table.to_pylist()]
+
+
+def describe_changes(before: pa.Table, now: pa.Table) -> str:
+    """Say in words how two tables of `OBJECTS` differ; empty where they do not."""
+    planned, present = (
+        {row["path"]: (row["size"], row["etag"]) for row in table.to_pylist()}
+        for table in (before, now)
+    )
+    both = planned.keys() & present.keys()
+    kinds = {
+        "added": sorted(present.keys() - planned.keys()),
+        "removed": sorted(planned.keys() - present.keys()),
+        "changed": sorted(path for path in both if planned[path] != present[path]),
+    }
+    return "; ".join(
+        f"{len(paths)} {kind} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
+        for kind, paths in kinds.items()
+        if paths
+    )
+
+
+def _listing(uri: str, endpoint_url: str | None) -> tuple[Store, pa.Table]:
+    """Return the folder of `uri` and its objects, or the one object that `uri` names."""
+    folder, name = split_uri(uri)
+    if _kind(name):
+        store = open_store(folder, endpoint_url)
+        if (found := store.info(name)) is not None:
+            return store, object_table([found])
+    store = open_store(uri, endpoint_url)
+    objects = iter(store.list_objects())
+    batches = []
+    while batch := list(islice(objects, LISTING_BATCH)):
+        batches.append(object_table(batch))
+    return store, pa.concat_tables(batches or [OBJECTS.empty_table()]).combine_chunks()
+
+
+def object_table(objects: Iterable[ObjectInfo]) -> pa.Table:
+    """Return objects as a table of `OBJECTS`."""
+    columns = list(zip(*((found.path, found.size, found.etag) for found in objects), strict=True))
+    return pa.table(columns, schema=OBJECTS)
+
+
+def _kind(path: str) -> str:
+    """Return the format that a name speaks for, or an empty string.
+
+    Hidden files and folders, and folders that start with an underscore (`__MACOSX`, `_plan`), hold no
+    input.
+    """
+    *folders, name = PurePosixPath(path).parts or ("",)
+    if name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders):
+        return ""
+    lower = name.lower()
+    return next((kind for kind, suffixes in _SUFFIXES.items() if lower.endswith(suffixes)), "")
+
+
+def _is_manifest(store: Store, first: pa.Table) -> bool:
+    """Say whether a Parquet object lists images (`uri`) instead of holding them."""
+    (found,) = objects_of(first)
+    try:
+        names = pq.read_schema(store.open(found, FOOTER_WINDOW)).names
+    except pa.ArrowInvalid:
+        # A damaged shard: indexing it makes the row that says so.
+        return False
+    return "uri" in names and "image" not in names
+
+
+def _choose(format_: Format, count: Counter[str], uri: str) -> tuple[str, str]:
+    if format_ != "auto":
+        return format_, "--format asks for it"
+    known = {kind: number for kind, number in count.items() if kind}
+    if len(known) == 1:
+        ((kind, number),) = known.items()
+        return (
+            kind,
+            f"{number} of {count.total()} objects are {kind}, and none is of another format",
+        )
+    if not known:
+        suffixes = ", ".join(suffix for group in _SUFFIXES.values() for suffix in group)
+        raise InputError(f"nothing at {uri} has a suffix that can be read ({suffixes})")
+    found = ", ".join(f"{number} {kind}" for kind, number in sorted(known.items()))
+    raise InputError(f"{uri} holds more than one kind of input ({found}): say which by --format")

@@ -1,0 +1,306 @@
+"""What is in a shard: its images, cut into chunks. Nothing of an image is read here but its key.
+
+What it costs: a tar is read header by header (where its images are small: through, in large spans); of
+Parquet the footer and the column with the keys; of a manifest its rows, and one HEAD request for each
+image; loose images were listed already.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs import tar
+from jobs.chunks import Chunk
+from jobs.detect import FOOTER_WINDOW, object_table
+from jobs.storage import ObjectInfo, StorageError, Store, open_uri
+
+# A chunk's compressed images travel as one Ray object, and its reader holds them twice.
+MAX_CHUNK_BYTES = 64 * 2**20
+# No camera writes a larger one. A reader holds `MAX_CHUNK_BYTES`, or one image where that is more.
+MAX_IMAGE_BYTES = 256 * 2**20
+# Below this mean size of members, reading a tar through is cheaper than one request for each header.
+HOP_FROM_MEAN_BYTES = 2**20
+READ_THROUGH_WINDOW, HOP_WINDOW = 4 * 2**20, 64 * 2**10
+HEAD_THREADS = 32
+
+OWN_KEYS = ("image_id", "shard", "key")
+
+
+class ParquetInputError(ValueError):
+    """A Parquet shard without an image column that can be read."""
+
+
+def index_tar(store: Store, info: ObjectInfo, chunk_size: int) -> list[Chunk]:
+    """Cut a WebDataset shard into chunks of at most `chunk_size` images and `MAX_CHUNK_BYTES`.
+
+    Damage becomes a chunk of its own with one row that says so, and so does an image that is known to
+    be unreadable; what can be read is planned.
+    """
+    file = store.open(info, READ_THROUGH_WINDOW)
+    found: list[tar.Member] = []
+    damage = ""
+    try:
+        for member in tar.members(cast(BinaryIO, file), until_end=True):
+            found.append(member)
+            file.window = (
+                HOP_WINDOW
+                if member.stop / len(found) > HOP_FROM_MEAN_BYTES
+                else READ_THROUGH_WINDOW
+            )
+    except tar.DamagedTarError as error:
+        damage = str(error)
+    keys, renamed = unique([member.key for member in found])
+    planned = []
+    for first, last in _runs(found, chunk_size, info.size):
+        if problem := _problem(found[first], info.size):
+            planned.append(_verdict(info, keys[first], problem, start=first))
+            continue
+        planned.append(
+            Chunk(
+                kind="tar",
+                shard=info.path,
+                size=info.size,
+                etag=info.etag,
+                start=first,
+                num_images=last - first,
+                num_bytes=sum(member.size for member in found[first:last]),
+                byte_start=found[first].start,
+                byte_stop=found[last - 1].stop,
+                renamed=tuple((n, key) for n, key in renamed.items() if first <= n < last),
+            )
+        )
+    if damage:
+        planned.append(_verdict(info, "", f"shard: {damage}", start=len(found)))
+    return planned
+
+
+def index_parquet(
+    store: Store, info: ObjectInfo, chunk_size: int, image_column: str | None
+) -> list[Chunk]:
+    """Cut a Parquet shard into chunks of rows, none across row groups that are large enough.
+
+    Raises:
+        ParquetInputError: It is whole, but has no column of images.
+    """
+    try:
+        file = pq.ParquetFile(store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
+        column = find_image_column(file.schema_arrow, image_column)
+        names = key_columns(file.schema_arrow, column)
+        rows = file.read(columns=names).to_pylist() if names else []
+    except ParquetInputError as error:
+        raise ParquetInputError(f"{store.url(info.path)}: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
+        return [_verdict(info, "", f"shard: the Parquet file is damaged: {_line(error)}", start=0)]
+    total = file.metadata.num_rows
+    renamed: dict[int, str] = {}
+    if names == list(OWN_KEYS):
+        _refuse_repeated_ids([row["image_id"] for row in rows], store.url(info.path))
+    else:
+        _, renamed = unique([row_key(row, n, column) for n, row in enumerate(rows or [{}] * total)])
+    bytes_per_row = info.size / max(1, total)
+    most_rows = max(1, min(chunk_size, int(MAX_CHUNK_BYTES / max(1, bytes_per_row))))
+    groups = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+    return [
+        Chunk(
+            kind="parquet",
+            shard=info.path,
+            size=info.size,
+            etag=info.etag,
+            start=first,
+            num_images=last - first,
+            num_bytes=round(bytes_per_row * (last - first)),
+            renamed=tuple((n, key) for n, key in renamed.items() if first <= n < last),
+        )
+        for first, last in pairwise(_row_cuts(groups, most_rows))
+    ]
+
+
+def _refuse_repeated_ids(ids: list[str], url: str) -> None:
+    if repeated := [value for value, times in Counter(ids).items() if times > 1]:
+        raise ParquetInputError(
+            f"{url} has {len(repeated)} image ids more than once ({', '.join(repeated[:3])}): "
+            "pack the data set anew, or rename the column image_id"
+        )
+
+
+def index_objects(objects: pa.Table, list_path: str, chunk_size: int, shard: str) -> list[Chunk]:
+    """Cut a list of loose images, a table of `OBJECTS`, into chunks; `shard` is their manifest."""
+    ends = np.cumsum(objects["size"].to_numpy())
+    planned, start = [], 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        fits = int(np.searchsorted(ends, before + MAX_CHUNK_BYTES, side="right"))
+        stop = max(start + 1, min(start + chunk_size, fits))
+        planned.append(
+            Chunk(
+                kind="uris" if shard else "objects",
+                shard=shard,
+                start=start,
+                num_images=stop - start,
+                num_bytes=int(ends[stop - 1] - before),
+                list_path=list_path,
+            )
+        )
+        start = stop
+    return planned
+
+
+def look_up(uris: list[str], endpoint_url: str | None) -> pa.Table:
+    """Return sizes and etags of a manifest's images: a table of `OBJECTS`.
+
+    What is missing or may not be looked at keeps size 0 and an empty etag; reading it says why.
+    """
+
+    def head(uri: str) -> ObjectInfo:
+        store, name = open_uri(uri, endpoint_url)
+        try:
+            found = store.info(name)
+        except OSError:
+            found = None
+        return ObjectInfo(uri, found.size if found else 0, found.etag if found else "")
+
+    with ThreadPoolExecutor(HEAD_THREADS) as pool:
+        found = list(pool.map(head, uris))
+    return object_table(found)
+
+
+def unique(keys: list[str]) -> tuple[list[str], dict[int, str]]:
+    """Give every key that was there before another name; return all keys and the new ones by number."""
+    seen: set[str] = set(keys)
+    first: set[str] = set()
+    result, renamed = [], {}
+    for number, key in enumerate(keys):
+        new = key
+        if key in first:
+            new = f"{key}#{number}"
+            while new in seen:
+                new += "#"
+            seen.add(new)
+            renamed[number] = new
+        first.add(key)
+        result.append(new)
+    return result, renamed
+
+
+def find_image_column(schema: pa.Schema, asked: str | None) -> str:
+    """Return the column that holds encoded images: the one asked for, or the only candidate.
+
+    A candidate is a struct with a field `bytes` (Hugging Face's Image) or a binary column.
+
+    Raises:
+        ParquetInputError: There is none, or several.
+    """
+    candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    if asked is not None:
+        if asked not in candidates:
+            raise ParquetInputError(
+                f"column {asked!r} holds no encoded images; columns that may: {candidates or 'none'}"
+            )
+        return asked
+    if "image" in candidates:
+        return "image"
+    if len(candidates) != 1:
+        raise ParquetInputError(
+            f"the columns that may hold encoded images are {candidates or 'none'}: "
+            "name one by --image-column"
+        )
+    return str(candidates[0])
+
+
+def key_columns(schema: pa.Schema, image_column: str) -> list[str]:
+    """Return the columns that name a shard's images.
+
+    Tables in the one schema keep their ids (`image_id`, `shard`, `key`), so that predictions on packed
+    shards can be held against them; otherwise the column `key`, or the path in the image struct, or
+    none: then the number of the row is the key.
+    """
+    strings = {field.name for field in schema if pa.types.is_string(field.type)}
+    if strings >= set(OWN_KEYS):
+        return list(OWN_KEYS)
+    if "key" in strings:
+        return ["key"]
+    image_type = schema.field(image_column).type
+    if pa.types.is_struct(image_type) and image_type.get_field_index("path") >= 0:
+        return [f"{image_column}.path"]
+    return []
+
+
+def row_key(row: Mapping[str, Any], number: int, image_column: str) -> str:
+    """Return the key of a row that was read with `key_columns`."""
+    image = row.get(image_column)
+    given = row.get("key") or (image.get("path") if isinstance(image, dict) else None)
+    return str(given or f"{number:08d}")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _runs(found: list[tar.Member], chunk_size: int, tar_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield first number and the one behind the last of each chunk; unreadable members stay alone."""
+    start = 0
+    while start < len(found):
+        stop = start + 1
+        if not _problem(found[start], tar_bytes):
+            while (
+                stop < len(found)
+                and stop - start < chunk_size
+                and found[stop].stop - found[start].start <= MAX_CHUNK_BYTES
+                and not _problem(found[stop], tar_bytes)
+            ):
+                stop += 1
+        yield start, stop
+        start = stop
+
+
+def _problem(member: tar.Member, tar_bytes: int) -> str:
+    if member.problem:
+        return f"unreadable: {member.problem}"
+    if member.size > MAX_IMAGE_BYTES:
+        return f"too_large: {member.size} bytes, and {MAX_IMAGE_BYTES} are the most that is read"
+    if member.data_start + member.size > tar_bytes:
+        return "truncated: the tar ends within this image"
+    return ""
+
+
+def _row_cuts(group_rows: list[int], rows: int) -> list[int]:
+    """Return where to cut so that small row groups go together and a large one is split alone."""
+    cuts, start, held = [0], 0, 0
+    for group in group_rows:
+        if held and held + group > rows:
+            cuts.append(start)
+            held = 0
+        for offset in range(rows, group, rows):
+            cuts.append(start + offset)
+            held = 0
+        start += group
+        held = start - cuts[-1]
+    return [*cuts, start] if start > cuts[-1] else cuts
+
+
+def _verdict(info: ObjectInfo, key: str, error: str, *, start: int) -> Chunk:
+    return Chunk(
+        kind="verdict",
+        shard=info.path,
+        size=info.size,
+        etag=info.etag,
+        start=start,
+        num_images=1,
+        key=key,
+        error=error,
+    )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,290 @@
+"""The frozen plan: which images, cut into which chunks, under which configuration.
+
+A plan lies beside the output (`_plan.json` and `_plan/`), is written once by a conditional put, and is
+never changed. What is left to do is the plan less the chunks whose output object exists.
+"""
+
+import io
+import json
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from jobs import chunks as chunks_
+from jobs import index
+from jobs.chunks import PREDICTIONS_FOLDER, Chunk
+from jobs.detect import Input, describe_changes, objects_of
+from jobs.manifest import read_uris
+from jobs.storage import Store
+
+PLAN, PLAN_FOLDER = "_plan.json", "_plan"
+
+# Objects in one list of a plan: a few hundred chunks, so that a reader's look at the footer is cheap.
+OBJECTS_PER_LIST = 65_536
+# Shards that one task indexes, and tasks under way: enough to fill a cluster, few enough to stop early.
+SHARDS_PER_TASK = 8
+TASKS_UNDER_WAY = 256
+# Indexing waits for storage more than it computes.
+INDEX_CPUS = 0.25
+
+
+class PlanError(ValueError):
+    """The job cannot be planned, or a plan does not fit it; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A frozen plan.
+
+    Attributes:
+        plan_id: Unique; the folder of its tables.
+        job: What results depend on: input, model digest, thresholds, ...
+        folder: The URI that shards are relative to: the input, or the folder of its one object.
+        format: How the input is read.
+        why: Why it is read so.
+        num_images: Rows that the finished table has.
+        num_bytes: Bytes of the images.
+        num_objects: Shards, or loose images.
+        input_digest: Over paths, sizes and etags of all objects.
+        notes: What a person should know: ignored files, damaged shards.
+        chunks: Table of `chunks.CHUNKS`.
+    """
+
+    plan_id: str
+    job: Mapping[str, Any]
+    folder: str
+    format: str
+    why: str
+    num_images: int
+    num_bytes: int
+    num_objects: int
+    input_digest: str
+    notes: tuple[str, ...]
+    chunks: pa.Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How an input is cut into chunks.
+
+    Attributes:
+        chunk_size: Images in a chunk, at most.
+        limit: Images in the plan, at most; all where None.
+        image_column: Of Parquet shards; found where None.
+        endpoint_url: For the URIs of a manifest.
+    """
+
+    chunk_size: int
+    limit: int | None
+    image_column: str | None
+    endpoint_url: str | None
+
+
+def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -> Plan:
+    """Index an input, in Ray tasks, and cut it into chunks.
+
+    Args:
+        found: The input as it was listed.
+        job: What results depend on.
+        cut: How to cut.
+        output: Where the plan's lists of loose images and shards go; nothing is written where None.
+
+    Raises:
+        PlanError: There is no image in it.
+    """
+    plan_id = uuid.uuid4().hex
+    folder = f"{PLAN_FOLDER}/{plan_id}"
+    planned: list[Chunk] = []
+    for some in _index(found, cut, folder, output):
+        planned += some
+        if cut.limit is not None and sum(chunk.num_images for chunk in planned) >= cut.limit:
+            break
+    table = chunks_.numbered(chunks_.to_table(planned), cut.limit)
+    if not table.num_rows:
+        raise PlanError(
+            f"no image was found in the {found.objects.num_rows} objects at {found.store.uri} "
+            f"(read as {found.format}): check --input and --format"
+        )
+    if output is not None:
+        _put_table(output, f"{folder}/objects.parquet", found.objects)
+    damaged = sum(chunk.kind == "verdict" and not chunk.key for chunk in planned)
+    damage = (f"{damaged} shards are damaged: each has a row that says how",) if damaged else ()
+    return Plan(
+        plan_id=plan_id,
+        job=job,
+        folder=found.store.uri,
+        format=found.format,
+        why=found.why,
+        num_images=sum(table["num_images"].to_pylist()),
+        num_bytes=sum(table["num_bytes"].to_pylist()),
+        num_objects=found.objects.num_rows,
+        input_digest=found.digest(),
+        notes=(*found.notes, *damage),
+        chunks=table,
+    )
+
+
+def freeze(output: Store, plan: Plan) -> Plan:
+    """Write a plan, unless another driver was faster; return the one that holds from now on.
+
+    Raises:
+        PlanError: The faster one planned another job.
+    """
+    _put_table(output, f"{PLAN_FOLDER}/{plan.plan_id}/chunks.parquet", plan.chunks)
+    head = {name: value for name, value in vars(plan).items() if name != "chunks"}
+    data = json.dumps(head, indent=2, ensure_ascii=False, sort_keys=True).encode()
+    if output.put_if_absent(PLAN, data):
+        return plan
+    winner = load(output)
+    assert winner is not None
+    refuse_other_job(winner, plan.job, output)
+    return winner
+
+
+def load(output: Store) -> Plan | None:
+    """Return the plan beside `output`, or None where none was made yet."""
+    try:
+        head = json.loads(output.read(PLAN))
+    except FileNotFoundError:
+        return None
+    chunks = _read_table(output, f"{PLAN_FOLDER}/{head['plan_id']}/chunks.parquet")
+    return Plan(**{**head, "notes": tuple(head["notes"])}, chunks=chunks)
+
+
+def refuse_other_job(plan: Plan, job: Mapping[str, Any], output: Store) -> None:
+    """Compare a plan with the job that was asked for.
+
+    Raises:
+        PlanError: They differ; the message names what, and both values.
+    """
+    different = [
+        f"{name} was {plan.job.get(name)!r} and is now {job.get(name)!r}"
+        for name in sorted({*plan.job, *job})
+        if plan.job.get(name) != job.get(name)
+    ]
+    if different:
+        raise PlanError(
+            f"{output.uri} belongs to another job: {'; '.join(different)}. "
+            "Give the old values to go on with it, or another --output to start anew."
+        )
+
+
+def refuse_changed_input(plan: Plan, found: Input, output: Store) -> None:
+    """Compare the input as it is with the input as it was planned.
+
+    Raises:
+        PlanError: Objects were added, removed or changed; the message names some.
+    """
+    if found.digest() == plan.input_digest:
+        return
+    before = _read_table(output, f"{PLAN_FOLDER}/{plan.plan_id}/objects.parquet")
+    raise PlanError(
+        f"the input {found.store.uri} is not what it was when {output.uri} was planned: "
+        f"{describe_changes(before, found.objects)}. Start a new --output, or give --frozen-plan to "
+        "finish what was planned (what has changed since gives rows in error)."
+    )
+
+
+def finished_chunks(output: Store) -> dict[str, float]:
+    """Return the chunks whose output object exists, by id, and when each was written.
+
+    This is the ledger: one listing, and nothing else is asked.
+    """
+    start, end = f"{PREDICTIONS_FOLDER}/", ".parquet"
+    return {
+        found.path[len(start) : -len(end)]: found.modified
+        for found in output.list_objects(PREDICTIONS_FOLDER)
+        if found.path.endswith(end) and not found.path[len(start) :].startswith(".")
+    }
+
+
+def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterator[list[Chunk]]:
+    """Yield the chunks of the input's objects, in their order."""
+    if found.format == "images":
+        for number, start in enumerate(range(0, found.objects.num_rows, OBJECTS_PER_LIST)):
+            some = found.objects.slice(start, OBJECTS_PER_LIST)
+            yield _list_images(some, f"{folder}/list-{number:05d}.parquet", cut, "", output)
+    elif found.format == "manifest":
+        yield from _in_order(
+            _index_uris, ((*some, cut, output) for some in _lists_of_uris(found, folder))
+        )
+    else:
+        groups = (
+            found.objects.slice(start, SHARDS_PER_TASK)
+            for start in range(0, found.objects.num_rows, SHARDS_PER_TASK)
+        )
+        yield from _in_order(
+            _index_shards, ((found.store, some, found.format, cut) for some in groups)
+        )
+
+
+def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[Chunk]:
+    planned: list[Chunk] = []
+    for info in objects_of(objects):
+        if format_ == "webdataset":
+            planned += index.index_tar(store, info, cut.chunk_size)
+        else:
+            planned += index.index_parquet(store, info, cut.chunk_size, cut.image_column)
+    return planned
+
+
+def _lists_of_uris(found: Input, folder: str) -> Iterator[tuple[str, list[str], str]]:
+    """Yield manifest, some of its URIs, and the path of the list that they go to."""
+    number = 0
+    for info in objects_of(found.objects):
+        uris = read_uris(found.store, info)
+        while some := list(islice(uris, OBJECTS_PER_LIST)):
+            yield info.path, some, f"{folder}/list-{number:05d}.parquet"
+            number += 1
+
+
+def _index_uris(
+    manifest: str, uris: list[str], list_path: str, cut: Cut, output: Store | None
+) -> list[Chunk]:
+    return _list_images(index.look_up(uris, cut.endpoint_url), list_path, cut, manifest, output)
+
+
+def _list_images(
+    objects: pa.Table, list_path: str, cut: Cut, shard: str, output: Store | None
+) -> list[Chunk]:
+    """Cut loose images into chunks and write their list, each chunk as one row group."""
+    planned = index.index_objects(objects, list_path, cut.chunk_size, shard)
+    if output is not None:
+        _put_table(output, list_path, objects, [chunk.num_images for chunk in planned])
+    return planned
+
+
+def _in_order(
+    function: Callable[..., list[Chunk]], calls: Iterator[tuple[Any, ...]]
+) -> Iterator[list[Chunk]]:
+    """Run calls as Ray tasks, a bounded number at a time, and yield their results in order."""
+    task = ray.remote(num_cpus=INDEX_CPUS)(function)
+    under_way = deque(task.remote(*call) for call in islice(calls, TASKS_UNDER_WAY))
+    while under_way:
+        yield ray.get(under_way.popleft())
+        under_way.extend(task.remote(*call) for call in islice(calls, 1))
+
+
+def _put_table(
+    output: Store, path: str, table: pa.Table, rows_per_group: list[int] | None = None
+) -> None:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", write_page_checksum=True
+    ) as writer:
+        start = 0
+        for rows in rows_per_group or [max(1, table.num_rows)]:
+            writer.write_table(table.slice(start, rows), row_group_size=rows)
+            start += rows
+    output.put(path, sink.getvalue())
+
+
+def _read_table(output: Store, path: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(output.read(path)), page_checksum_verification=True)

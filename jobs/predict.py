@@ -1,0 +1,295 @@
+"""`segjobs predict --input URI --output URI --model BUNDLE`: image shards to one table of masks.
+
+Input: WebDataset tars, Parquet shards, loose images or a manifest. Output: `predictions/*.parquet`, one row
+for every image, whatever its fate; `_plan.json`, `_manifest.json`, and `_SUCCESS` when all of it is there.
+Throughput on named hardware stands in the README.
+"""
+
+import platform
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import ray
+
+from jobs import chunks, pipeline, plan, write
+from jobs.cluster import connect, resources
+from jobs.config import ConfigError, PredictConfig
+from jobs.console import ImageProgress, console, duration, facts, size
+from jobs.detect import look
+from jobs.pipeline import Model, Pool, Work
+from jobs.plan import Plan
+from jobs.read import Source
+from jobs.storage import Store, open_store
+from jobs.weights import load_bundle
+from jobs.write import Counts
+from segmodel.bundle import Bundle
+from segmodel.schema import SCHEMA_VERSION
+
+
+def run(config: PredictConfig) -> int:
+    """Plan or go on, predict what is left, finish; return the exit code."""
+    output = open_store(config.output, config.endpoint_url)
+    _refuse_nested(config)
+    bundle = load_bundle(config.model, config.endpoint_url)
+    job = _job(config, bundle)
+    connect(config.address)
+    pool = _lay_out(config)
+    planned = _planned(config, job, output)
+    if config.plan_only:
+        _show_plan(planned, pool, len(planned.chunks), "Plan (nothing was written)")
+        return 0
+    done = plan.finished_chunks(output).keys()
+    work = _left(config, planned, output, done)
+    if not work and output.info(write.SUCCESS) is not None:
+        counts = write.total(write.read_counts(output, done).values())
+        console.print(f"{config.output} is finished: nothing to do.")
+        _show_summary(counts, output, {})
+        return _exit_code(config, counts)
+    _show_plan(planned, pool, len(work), "Plan" if not done else "Plan, going on")
+    output.delete(write.SUCCESS)
+    return _exit_code(config, _work_off(config, planned, work, output, bundle, pool))
+
+
+def _work_off(
+    config: PredictConfig,
+    planned: Plan,
+    work: Sequence[Work],
+    output: Store,
+    bundle: Bundle,
+    pool: Pool,
+) -> Counts:
+    """Run the pipeline over what is left, check that nothing is missing, and write the marks."""
+    run_id, started = uuid.uuid4().hex, time.time()
+    receipts: dict[str, Counts] = {}
+    seconds: Counter[str] = Counter()
+    images = 0
+    todo = sum(len(w.positions) if w.positions else w.chunk.num_images for w in work)
+    with ImageProgress(planned.num_images, planned.num_images - todo) as progress:
+        if work:
+            for receipt in pipeline.run(
+                work,
+                _source(config, planned, output),
+                output,
+                _model(config, planned.job, bundle),
+                pool,
+                {"model_digest": bundle.digest, "run_id": run_id},
+            ):
+                receipts[receipt.chunk_id] = receipt.counts
+                seconds.update(receipt.seconds)
+                images += receipt.rows
+                progress.advance(receipt.rows)
+    done = plan.finished_chunks(output).keys()
+    counted = {**write.read_counts(output, done - receipts.keys()), **receipts}
+    rows = planned.chunks.select(["chunk_id", "num_images"]).to_pylist()
+    sizes = {row["chunk_id"]: row["num_images"] for row in rows}
+    counts = write.finish(output, sizes, {name: counted[name] for name in sizes if name in counted})
+    took = time.time() - started
+    facts_of_run = {
+        "run_id": run_id,
+        "images": images,
+        "seconds": round(took, 2),
+        "images_per_second": round(images / took, 3),
+        "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }
+    write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
+    _show_summary(counts, output, facts_of_run)
+    return counts
+
+
+def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
+    """Return what results depend on: the same job may be resumed, another may not."""
+    threshold, most = config.score_threshold, config.max_detections
+    return {
+        "input": config.input,
+        "format": config.format,
+        "model_digest": bundle.digest,
+        "score_threshold": bundle.score_threshold if threshold is None else threshold,
+        "max_detections": bundle.max_detections if most is None else most,
+        "precision": config.precision,
+        "tasks": config.tasks,
+        "chunk_size": config.chunk_size,
+        "limit": config.limit,
+        "image_column": config.image_column,
+        "max_pixels": config.max_pixels,
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Plan:
+    """Return the plan that lies beside the output, or make and freeze one."""
+    frozen = plan.load(output)
+    if frozen is not None:
+        plan.refuse_other_job(frozen, job, output)
+        if config.frozen_plan:
+            return frozen
+    found = look(config.input, config.format, config.endpoint_url)
+    if frozen is not None:
+        plan.refuse_changed_input(frozen, found, output)
+        return frozen
+    console.print(f"Input {config.input} is read as {found.format}: {found.why}.")
+    cut = plan.Cut(
+        chunk_size=config.chunk_size,
+        limit=config.limit,
+        image_column=config.image_column,
+        endpoint_url=config.endpoint_url,
+    )
+    made = plan.make(found, job, cut, None if config.plan_only else output)
+    return made if config.plan_only else plan.freeze(output, made)
+
+
+def _left(config: PredictConfig, planned: Plan, output: Store, done: Set[str]) -> list[Work]:
+    """Return the chunks without an object, and with `--retry-errors` the rows in error of the others."""
+    all_chunks = list(chunks.from_table(planned.chunks))
+    work = [Work(chunk=chunk) for chunk in all_chunks if chunk.chunk_id not in done]
+    if config.retry_errors:
+        counted = write.read_counts(output, done)
+        failed = write.failed_positions(output, [name for name in done if counted[name].failed])
+        work += [
+            Work(chunk=chunk, positions=failed[chunk.chunk_id])
+            for chunk in all_chunks
+            if chunk.chunk_id in failed
+        ]
+    return work
+
+
+def _lay_out(config: PredictConfig) -> Pool:
+    """Decide how many actors there are and what each gets.
+
+    Raises:
+        ConfigError: The cluster cannot hold the actors that were asked for.
+    """
+    cpus, gpus = resources()
+    share = config.gpus_per_actor
+    if share is None:
+        share = 1.0 if gpus else 0.0
+    if share:
+        fit = int(gpus / share + 1e-9)
+        if fit < (config.min_actors or 1):
+            raise ConfigError(
+                f"{config.min_actors or 1} actors of {share:g} GPUs were asked for, and the cluster has "
+                f"{gpus:g} GPUs: lower --gpus-per-actor or --min-actors (--gpus-per-actor 0 uses CPUs)"
+            )
+    else:
+        # One thread for each actor: two one-thread processes beat one two-thread process.
+        fit = max(1, int(cpus))
+        most = int(cpus / pipeline.CPU_ACTOR_CPUS) - 1
+        if (config.min_actors or 1) > max(1, most):
+            raise ConfigError(
+                f"--min-actors {config.min_actors} would leave no CPU for reading and writing: the "
+                f"cluster has {cpus:g} CPUs, so use at most {max(1, most)}"
+            )
+        if config.max_actors:
+            config = replace(config, max_actors=min(config.max_actors, max(1, most)))
+    max_actors = config.max_actors or max(fit, config.min_actors or 1)
+    min_actors = config.min_actors or max_actors
+    return Pool(
+        min_actors=min(min_actors, max_actors),
+        max_actors=max_actors,
+        gpus_per_actor=share,
+        threads=max(1, int(cpus / max_actors)),
+        batch_size=config.batch_size,
+    )
+
+
+def _source(config: PredictConfig, planned: Plan, output: Store) -> Source:
+    return Source(
+        store=open_store(planned.folder, config.endpoint_url),
+        lists=output,
+        endpoint_url=config.endpoint_url,
+        image_column=config.image_column,
+    )
+
+
+def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle) -> Model:
+    return Model(
+        bundle=ray.put(bundle),
+        categories=bundle.by_label(),
+        precision=config.precision,
+        score_threshold=job["score_threshold"],
+        max_detections=job["max_detections"],
+        masks=config.tasks == "masks",
+        max_pixels=config.max_pixels,
+    )
+
+
+def _refuse_nested(config: PredictConfig) -> None:
+    """Refuse an output within the input: its objects would be taken for new input.
+
+    Raises:
+        ConfigError: It is.
+    """
+    source, output = (uri.rstrip("/") + "/" for uri in (config.input, config.output))
+    if output.startswith(source):
+        raise ConfigError(f"--output {config.output} lies within --input: choose a place outside")
+
+
+def _show_plan(planned: Plan, pool: Pool, left: int, title: str) -> None:
+    where = (
+        f"{pool.gpus_per_actor:g} GPU each"
+        if pool.gpus_per_actor
+        else f"CPU, {pool.threads} thread"
+    )
+    actors = f"{pool.min_actors} to {pool.max_actors}"
+    if pool.min_actors == pool.max_actors:
+        actors = f"{pool.max_actors}"
+    facts(
+        title,
+        [
+            ("images", f"{planned.num_images}"),
+            (
+                "input",
+                f"{planned.num_objects} objects ({planned.format}), {size(planned.num_bytes)}",
+            ),
+            ("chunks", f"{planned.chunks.num_rows}, of them {left} to do"),
+            ("actors", f"{actors} ({where})"),
+            ("arithmetic", f"{planned.job['precision']}, {planned.job['tasks']}"),
+            *(("note", note) for note in planned.notes),
+        ],
+    )
+
+
+def _show_summary(counts: Counts, output: Store, of_run: Mapping[str, Any]) -> None:
+    rows = [
+        ("rows", f"{counts.images}, one for each image"),
+        ("instances", f"{counts.detections}"),
+        ("in error", f"{counts.failed}"),
+        *((f"  {kind}", f"{number}") for kind, number in sorted(counts.errors.items())),
+    ]
+    if of_run:
+        rows += [
+            ("this run", f"{of_run['images']} images in {duration(of_run['seconds'])}"),
+            ("throughput", f"{of_run['images_per_second']:.2f} images/s"),
+        ]
+    if counts.failed:
+        rows.append(("errors", "the column `error` says why; --retry-errors does those rows again"))
+    rows.append(("table", output.url("predictions/*.parquet")))
+    facts("Done", rows)
+
+
+def _manifest(
+    config: PredictConfig, planned: Plan, counts: Counts, pool: Pool, of_run: Mapping[str, Any]
+) -> dict[str, Any]:
+    packages = ("segjobs", "ray", "torch", "torchvision", "pyarrow", "pycocotools")
+    return {
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "plan_id": planned.plan_id,
+        "counts": asdict(counts),
+        "chunks": planned.chunks.num_rows,
+        "job": dict(planned.job),
+        "format": planned.format,
+        "notes": list(planned.notes),
+        "config": asdict(config),
+        "pool": asdict(pool),
+        "run": dict(of_run),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+    }
+
+
+def _exit_code(config: PredictConfig, counts: Counts) -> int:
+    return 3 if config.fail_on_error and counts.failed else 0

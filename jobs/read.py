@@ -1,0 +1,220 @@
+"""Chunks to tables of image bytes: one reader for each format, one row for each planned image."""
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs import tar
+from jobs.chunks import Chunk
+from jobs.detect import FOOTER_WINDOW, OBJECTS
+from jobs.index import MAX_IMAGE_BYTES, find_image_column, key_columns, row_key
+from jobs.storage import ChangedError, ObjectInfo, StorageError, Store, open_uri
+from segmodel.schema import image_id
+
+# Loose images are small: the wait for each is most of its cost.
+FETCH_THREADS = 16
+# Rows of a Parquet shard that are decompressed together.
+ROWS_AT_A_TIME = 64
+
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("data", pa.large_binary()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where chunks come from. Can be pickled; holds no credentials.
+
+    Attributes:
+        store: The input's folder.
+        lists: The output, which holds the plan's lists of loose images.
+        endpoint_url: For the URIs of a manifest.
+        image_column: The Parquet column that holds images; found where None.
+        check_loose: Whether a loose image must still have the etag that was planned.
+    """
+
+    store: Store
+    lists: Store
+    endpoint_url: str | None
+    image_column: str | None
+    check_loose: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One planned image: its bytes, or why there are none."""
+
+    shard: str
+    key: str
+    data: bytes | None
+    error: str | None = None
+    image_id: str = ""
+
+
+def read_chunk(chunk: Chunk, source: Source) -> pa.Table:
+    """Read the images of a chunk, in their order.
+
+    Returns:
+        A table of `IMAGES` with `chunk.num_images` rows. An image or a shard that is gone, changed or
+        damaged since it was planned gives rows with an error, `<kind>: <what happened>`.
+
+    Raises:
+        StorageError: The store failed for good; the job stops, and can be resumed.
+    """
+    readers: dict[str, Callable[[Chunk, Source], list[Row]]] = {
+        "tar": _read_tar,
+        "parquet": _read_parquet,
+        "objects": _read_objects,
+        "uris": _read_uris,
+        "verdict": lambda chunk, _: [Row(chunk.shard, chunk.key, None, chunk.error)],
+    }
+    try:
+        rows = readers[chunk.kind](chunk, source)
+    except ChangedError as error:
+        rows = _rest_in_error(chunk, 0, f"changed: {error}")
+    except FileNotFoundError as error:
+        rows = _rest_in_error(chunk, 0, f"missing: {error}")
+    assert len(rows) == chunk.num_images, f"{chunk} gave {len(rows)} rows"
+    columns = [
+        [row.image_id or image_id(row.shard, row.key) for row in rows],
+        [row.shard for row in rows],
+        [row.key for row in rows],
+        [row.data for row in rows],
+        [row.error for row in rows],
+    ]
+    return pa.table(columns, schema=IMAGES)
+
+
+def _read_tar(chunk: Chunk, source: Source) -> list[Row]:
+    span = chunk.byte_start, chunk.byte_stop
+    data = source.store.read(chunk.shard, span, chunk.etag)
+    renamed = dict(chunk.renamed)
+    rows = []
+    found = tar.members(io.BytesIO(data), until_end=False)
+    numbers = range(chunk.start, chunk.start + chunk.num_images)
+    for number, member in zip(numbers, found, strict=False):
+        content = data[member.data_start : member.data_start + member.size]
+        rows.append(Row(chunk.shard, renamed.get(number, member.key), content))
+    return rows
+
+
+def _read_parquet(chunk: Chunk, source: Source) -> list[Row]:
+    info = ObjectInfo(chunk.shard, chunk.size, chunk.etag)
+    file = pq.ParquetFile(source.store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
+    column = find_image_column(file.schema_arrow, source.image_column)
+    names = key_columns(file.schema_arrow, column)
+    # The names first: where a page of images is damaged, the rows in error still have their own.
+    named = [
+        _named_row(chunk, number, values, column)
+        for number, values in enumerate(
+            _rows_from(file, chunk.start, names, chunk.num_images), chunk.start
+        )
+    ]
+    rows: list[Row] = []
+    try:
+        images = _rows_from(file, chunk.start, [column], chunk.num_images)
+        for row, values in zip(named, images, strict=True):
+            image = values[column]
+            data = image.get("bytes") if isinstance(image, dict) else image
+            error = "empty: the row holds no image" if data is None else None
+            rows.append(replace(row, data=data, error=error))
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
+        damage = (
+            f"shard: a page of the Parquet file is damaged: {' '.join(str(error).split())[:200]}"
+        )
+        rows += [replace(row, error=damage) for row in named[len(rows) :]]
+    return rows
+
+
+def _named_row(chunk: Chunk, number: int, values: dict[str, Any], column: str) -> Row:
+    if "image_id" in values:
+        return Row(values["shard"], values["key"], None, image_id=values["image_id"])
+    key = dict(chunk.renamed).get(number) or row_key(values, number, column)
+    return Row(chunk.shard, key, None)
+
+
+def _rows_from(
+    file: pq.ParquetFile, start: int, columns: list[str], count: int
+) -> Iterator[dict[str, Any]]:
+    """Yield `count` rows from number `start` on, holding few of them at a time."""
+    if not columns:
+        yield from ({} for _ in range(count))
+        return
+    first_group, passed = 0, 0
+    while passed + file.metadata.row_group(first_group).num_rows <= start:
+        passed += file.metadata.row_group(first_group).num_rows
+        first_group += 1
+    groups = list(range(first_group, file.metadata.num_row_groups))
+    left = count
+    for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=columns):
+        part = batch.slice(min(max(start - passed, 0), batch.num_rows), left)
+        passed += batch.num_rows
+        left -= part.num_rows
+        yield from part.to_pylist()
+        if not left:
+            return
+
+
+def _read_objects(chunk: Chunk, source: Source) -> list[Row]:
+    def row(info: ObjectInfo) -> Row:
+        folder, _, name = info.path.rpartition("/")
+        return Row(folder, name, *_fetch(source.store, info))
+
+    return _in_threads(row, _listed(chunk, source))
+
+
+def _read_uris(chunk: Chunk, source: Source) -> list[Row]:
+    def row(info: ObjectInfo) -> Row:
+        store, name = open_uri(info.path, source.endpoint_url)
+        return Row(chunk.shard, info.path, *_fetch(store, ObjectInfo(name, info.size, info.etag)))
+
+    return _in_threads(row, _listed(chunk, source))
+
+
+def _in_threads(row: Callable[[ObjectInfo], Row], infos: list[ObjectInfo]) -> list[Row]:
+    with ThreadPoolExecutor(FETCH_THREADS) as pool:
+        return list(pool.map(row, infos))
+
+
+def _listed(chunk: Chunk, source: Source) -> list[ObjectInfo]:
+    data = source.lists.read(chunk.list_path)
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    rows = _rows_from(file, chunk.start, OBJECTS.names, chunk.num_images)
+    return [
+        ObjectInfo(**row) if source.check_loose else replace(ObjectInfo(**row), etag="")
+        for row in rows
+    ]
+
+
+def _fetch(store: Store, info: ObjectInfo) -> tuple[bytes | None, str | None]:
+    """Return an object's bytes, or the error that its row gets."""
+    if info.size > MAX_IMAGE_BYTES:
+        return (
+            None,
+            f"too_large: {info.size} bytes, and {MAX_IMAGE_BYTES} are the most that is read",
+        )
+    try:
+        return store.read(info.path, etag=info.etag), None
+    except FileNotFoundError as error:
+        return None, f"missing: {error}"
+    except ChangedError as error:
+        return None, f"changed: {error}"
+
+
+def _rest_in_error(chunk: Chunk, done: int, error: str) -> list[Row]:
+    """Return a row in error for each image of a chunk but the first `done`; their names are not known."""
+    numbers = range(chunk.start + done, chunk.start + chunk.num_images)
+    return [Row(chunk.shard, f"{number:08d}", None, error) for number in numbers]

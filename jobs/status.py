@@ -1,0 +1,75 @@
+"""`segjobs status OUTPUT`: how far a job is, while it runs, after a crash, or when it is done.
+
+Reads the plan, one listing of the output, and the footers of what is there; asks no cluster.
+"""
+
+import time
+
+from jobs import plan, write
+from jobs.config import StatusConfig
+from jobs.console import duration, facts
+from jobs.plan import PlanError
+from jobs.storage import open_store
+
+# The rate is that of the chunks of the last minutes, so that a crash in between does not count as work.
+RATE_WINDOW_S = 600
+# No chunk for so long, and a running job is at least worth a look.
+QUIET_S = 300
+
+
+def run(config: StatusConfig) -> int:
+    """Print planned, done, failed, left, rate and time left; return 0."""
+    output = open_store(config.output, config.endpoint_url)
+    planned = plan.load(output)
+    if planned is None:
+        raise PlanError(
+            f"there is no plan at {config.output}: check the path; was a job ever started?"
+        )
+    sizes = dict(
+        zip(
+            planned.chunks["chunk_id"].to_pylist(),
+            planned.chunks["num_images"].to_pylist(),
+            strict=True,
+        )
+    )
+    done = {name: when for name, when in plan.finished_chunks(output).items() if name in sizes}
+    counts = write.total(write.read_counts(output, done).values())
+    left = planned.num_images - counts.images
+    finished = output.info(write.SUCCESS) is not None
+    times = sorted((when, sizes[name]) for name, when in done.items())
+    facts(
+        f"Status of {output.uri}",
+        [
+            ("planned", f"{planned.num_images} images in {len(sizes)} chunks"),
+            ("done", f"{counts.images} images in {len(done)} chunks"),
+            ("failed", f"{counts.failed} images (done, with an error in their row)"),
+            ("left", f"{left} images in {len(sizes) - len(done)} chunks"),
+            *_pace(times, left),
+            ("state", _state(times, finished=finished, left=left)),
+        ],
+    )
+    return 0
+
+
+def _pace(times: list[tuple[float, int]], left: int) -> list[tuple[str, str]]:
+    """Return rate and time left, from when the last chunks were written."""
+    recent = [(when, images) for when, images in times if when > times[-1][0] - RATE_WINDOW_S]
+    if len(recent) < 2 or recent[-1][0] == recent[0][0]:
+        return []
+    # The first chunk marks the start: its own images were done before.
+    rate = sum(images for _, images in recent[1:]) / (recent[-1][0] - recent[0][0])
+    rows = [("rate", f"{rate:.2f} images/s over the last {duration(recent[-1][0] - recent[0][0])}")]
+    return [*rows, ("time left", f"about {duration(left / rate)} at that rate")] if left else rows
+
+
+def _state(times: list[tuple[float, int]], *, finished: bool, left: int) -> str:
+    if finished:
+        return "finished: _SUCCESS is there"
+    if not left:
+        return "all images are done; run the same command again to write _SUCCESS"
+    if not times:
+        return "planned; no chunk is finished yet"
+    quiet = time.time() - times[-1][0]
+    if quiet > QUIET_S:
+        return f"no chunk for {duration(quiet)}: if no driver runs, run the same command again to go on"
+    return f"under way, the last chunk {duration(quiet)} ago"

@@ -1,0 +1,164 @@
+"""One Parquet object for each chunk, put atomically; at the end the manifest, and the success mark last."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.chunks import output_path
+from jobs.storage import ObjectInfo, Store
+from segmodel.schema import PREDICTIONS, SCHEMA_VERSION
+
+MANIFEST, SUCCESS = "_manifest.json", "_SUCCESS"
+# Footers are small: the wait for each is its cost.
+FOOTER_THREADS = 64
+FOOTER_WINDOW = 64 * 2**10
+
+
+class IncompleteError(RuntimeError):
+    """The table does not have one row for each planned image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a chunk's object holds. It stands in its footer too.
+
+    Attributes:
+        images: Rows.
+        detections: Instances in all rows.
+        errors: Rows in error, by kind.
+    """
+
+    images: int
+    detections: int
+    errors: Mapping[str, int]
+
+    @property
+    def failed(self) -> int:
+        """Rows in error."""
+        return sum(self.errors.values())
+
+
+def count(table: pa.Table) -> Counts:
+    """Count the rows of a table of `PREDICTIONS`."""
+    kinds = Counter(
+        error.partition(":")[0] for error in table["error"].to_pylist() if error is not None
+    )
+    detections = sum(len(found) for found in table["detections"].to_pylist())
+    return Counts(images=table.num_rows, detections=detections, errors=dict(kinds))
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """Add up."""
+    images, detections, errors = 0, 0, Counter[str]()
+    for one in counts:
+        images += one.images
+        detections += one.detections
+        errors.update(one.errors)
+    return Counts(images=images, detections=detections, errors=dict(errors))
+
+
+def put_chunk(output: Store, chunk_id: str, table: pa.Table, footer: Mapping[str, str]) -> Counts:
+    """Write the rows of a chunk as its one object.
+
+    Args:
+        output: The job's output.
+        chunk_id: Of the plan; it names the object.
+        table: With the schema `PREDICTIONS`.
+        footer: More facts for the object's footer: model digest, run id.
+    """
+    assert table.schema.equals(PREDICTIONS), table.schema
+    counts = count(table)
+    facts = {
+        "segjobs.schema_version": SCHEMA_VERSION,
+        "segjobs.counts": json.dumps(asdict(counts), sort_keys=True),
+        **{f"segjobs.{name}": value for name, value in footer.items()},
+    }
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata(facts), sink, compression="zstd", write_page_checksum=True
+    )
+    output.put(output_path(chunk_id), sink.getvalue())
+    return counts
+
+
+def replace_rows(
+    output: Store, chunk_id: str, rows: pa.Table, positions: Iterable[int]
+) -> pa.Table:
+    """Return a chunk's rows as they are in the output, with those at `positions` replaced."""
+    old = read_chunk(output, chunk_id)
+    take = list(range(old.num_rows))
+    for number, position in enumerate(positions):
+        take[position] = old.num_rows + number
+    both = pa.concat_tables([old.replace_schema_metadata(None), rows])
+    return both.take(take).combine_chunks()
+
+
+def read_chunk(output: Store, chunk_id: str, columns: list[str] | None = None) -> pa.Table:
+    """Return a finished chunk's rows, with page checksums verified."""
+    data = io.BytesIO(output.read(output_path(chunk_id)))
+    return pq.read_table(data, columns=columns, page_checksum_verification=True)
+
+
+def read_counts(output: Store, chunk_ids: Iterable[str]) -> dict[str, Counts]:
+    """Return what stands in the footers of finished chunks."""
+
+    def counts(chunk_id: str) -> tuple[str, Counts]:
+        path = output_path(chunk_id)
+        info = output.info(path)
+        if info is None:
+            raise IncompleteError(f"{output.url(path)} is gone: run the same command again")
+        footer = pq.read_metadata(output.open(ObjectInfo(path, info.size, ""), FOOTER_WINDOW))
+        found = Counts(**json.loads(footer.metadata[b"segjobs.counts"]))
+        assert found.images == footer.num_rows
+        return chunk_id, found
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return dict(pool.map(counts, chunk_ids))
+
+
+def failed_positions(output: Store, chunk_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return which rows of which finished chunks are in error."""
+    failed = {}
+    for chunk_id in chunk_ids:
+        status = read_chunk(output, chunk_id, ["status"])["status"].to_pylist()
+        if positions := tuple(n for n, value in enumerate(status) if value == "error"):
+            failed[chunk_id] = positions
+    return failed
+
+
+def finish(output: Store, planned: Mapping[str, int], found: Mapping[str, Counts]) -> Counts:
+    """Compare what was planned with what was found, chunk by chunk.
+
+    Args:
+        output: To name in messages.
+        planned: Images by chunk id.
+        found: Counts by chunk id.
+
+    Raises:
+        IncompleteError: They differ.
+    """
+    wrong = [
+        f"{chunk_id}: {found[chunk_id].images if chunk_id in found else 0} of {images}"
+        for chunk_id, images in planned.items()
+        if chunk_id not in found or found[chunk_id].images != images
+    ]
+    if wrong:
+        raise IncompleteError(
+            f"{len(wrong)} chunks of {output.uri} lack rows ({', '.join(wrong[:5])}): "
+            "run the same command again to go on"
+        )
+    return total(found.values())
+
+
+def put_marks(output: Store, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, then the success mark."""
+    data = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
+    output.put(MANIFEST, data)
+    output.put(SUCCESS, b"")

@@ -1,0 +1,197 @@
+"""First weights: random by seed, torchvision's published ones, an ImageNet backbone, or a state-dict file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torchvision.models import MobileNet_V3_Large_Weights, ResNet50_Weights
+from torchvision.models.detection import (
+    MaskRCNN_ResNet50_FPN_V2_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+)
+
+from segmodel.bundle import Bundle
+from segmodel.model import mask_rcnn, shape_problems
+from segmodel.schema import Category
+from segmodel.settings import Architecture, ModelSettings
+
+_COCO_WEIGHTS = {
+    "maskrcnn_resnet50_fpn": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
+    "maskrcnn_resnet50_fpn_v2": MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
+}
+_BACKBONE_WEIGHTS = {
+    "maskrcnn_resnet50_fpn": ResNet50_Weights.IMAGENET1K_V1,
+    "maskrcnn_resnet50_fpn_v2": ResNet50_Weights.IMAGENET1K_V2,
+    "small": MobileNet_V3_Large_Weights.IMAGENET1K_V2,
+}
+_CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used, with the reason in words."""
+
+
+def numbered_categories(pairs: Sequence[tuple[int, str]]) -> tuple[Category, ...]:
+    """Return categories of ids and names, labelled 1, 2, 3, ..."""
+    return tuple(
+        Category(id=id_, name=name, label=label) for label, (id_, name) in enumerate(pairs, 1)
+    )
+
+
+def random_bundle(settings: ModelSettings, categories: Sequence[Category], seed: int) -> Bundle:
+    """Return a bundle of torchvision's initial weights, the same for the same seed."""
+    return Bundle(
+        settings=settings,
+        categories=tuple(categories),
+        weights=_random_state(settings, seed),
+        provenance={"weights": "random", "seed": seed},
+    )
+
+
+def coco_bundle(arch: Architecture, min_size: int, max_size: int) -> Bundle:
+    """Return torchvision's model trained on COCO; its weights are downloaded on first use.
+
+    The heads keep torchvision's 91 outputs, so that results are the published ones; the labels that COCO
+    never used have no category.
+
+    Raises:
+        WeightsError: torchvision publishes none for `arch`.
+    """
+    if arch not in _COCO_WEIGHTS:
+        raise WeightsError(
+            f"torchvision publishes no COCO weights for {arch}: use random or imagenet weights, or "
+            f"--arch {next(iter(_COCO_WEIGHTS))}"
+        )
+    weights = _COCO_WEIGHTS[arch]
+    names = weights.meta["categories"]
+    # COCO_V1 of the first version was trained with an epsilon of 0; torchvision sets it likewise.
+    settings = ModelSettings(
+        arch=arch,
+        num_classes=len(names),
+        min_size=min_size,
+        max_size=max_size,
+        norm="frozen" if arch == "maskrcnn_resnet50_fpn" else "batch",
+        norm_eps=0.0 if arch == "maskrcnn_resnet50_fpn" else 1e-5,
+    )
+    return Bundle(
+        settings=settings,
+        categories=tuple(
+            Category(id=label, name=name, label=label)
+            for label, name in enumerate(names)
+            if name not in ("__background__", "N/A")
+        ),
+        weights=_fitting(settings, weights.get_state_dict(check_hash=True), str(weights)),
+        provenance={"weights": str(weights), "url": weights.url},
+        metrics={"published": weights.meta["_metrics"]},
+    )
+
+
+def imagenet_bundle(settings: ModelSettings, categories: Sequence[Category], seed: int) -> Bundle:
+    """Return a bundle with torchvision's ImageNet backbone below random heads."""
+    weights = _BACKBONE_WEIGHTS[settings.arch]
+    state = _random_state(settings, seed)
+    backbone = {
+        f"backbone.body.{name.removeprefix('features.')}": tensor
+        for name, tensor in weights.get_state_dict(check_hash=True).items()
+    }
+    # The classifier, and of MobileNet the last blocks, have no place in a backbone.
+    fitting = {name: tensor for name, tensor in backbone.items() if name in state}
+    missing = [name for name in state if name.startswith("backbone.body.") and name not in fitting]
+    if missing:
+        raise WeightsError(f"{weights} lacks {len(missing)} tensors, for example {missing[0]}")
+    return Bundle(
+        settings=settings,
+        categories=tuple(categories),
+        weights=_fitting(settings, {**state, **fitting}, str(weights)),
+        provenance={"backbone": str(weights), "heads": "random", "seed": seed},
+    )
+
+
+def state_bundle(
+    state: Mapping[str, Tensor], settings: ModelSettings, categories: Sequence[Category], name: str
+) -> Bundle:
+    """Return a bundle of a state dict (see `read_state`); `name` is for messages and the model card.
+
+    Raises:
+        WeightsError: Tensors are missing, unknown or of another shape.
+    """
+    return Bundle(
+        settings=settings,
+        categories=tuple(categories),
+        weights=_fitting(settings, state, name),
+        provenance={"weights": name},
+    )
+
+
+def read_state(path: Path, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a state-dict file. No code in it is executed.
+
+    Args:
+        path: `.safetensors`, or what `torch.save` wrote: a state dict, or one under `model` or
+            `state_dict`; a prefix `module.` of its names is dropped.
+        name: For messages.
+
+    Raises:
+        WeightsError: It cannot be read, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+        raise WeightsError(f"{name} cannot be read as weights: {_first_line(error)}") from error
+    except UnpicklingError as error:
+        raise WeightsError(
+            f"{name} holds more than plain tensors, and code from a file is never run: save it by "
+            f"torch.save(model.state_dict(), FILE) ({_first_line(error)})"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise WeightsError(f"{name} is not a state dict: it should map names to tensors")
+    return {str(key).removeprefix("module."): tensor for key, tensor in found.items()}
+
+
+def classes_in(state: Mapping[str, Tensor]) -> int | None:
+    """Return how many classes, background included, the box head of a state dict has."""
+    weight = state.get(_CLASS_SCORES)
+    return None if weight is None else len(weight)
+
+
+def has_frozen_norm(state: Mapping[str, Tensor]) -> bool:
+    """Say whether a state dict comes from constants: running statistics count their batches."""
+    return not any(name.endswith("num_batches_tracked") for name in state)
+
+
+def _random_state(settings: ModelSettings, seed: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return dict(mask_rcnn(settings).state_dict())
+
+
+def _fitting(settings: ModelSettings, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    model = mask_rcnn(settings)
+    # Counters of batches seen mean nothing here, and frozen models have none.
+    needed = model.state_dict()
+    kept = {
+        key: tensor
+        for key, tensor in state.items()
+        if key in needed or not key.endswith("num_batches_tracked")
+    }
+    if problems := shape_problems(model, kept):
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(
+            f"{name} does not fit {settings.arch} with {settings.num_classes} classes (background "
+            f"included): {'; '.join(problems[:5])}{more}"
+        )
+    return kept
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

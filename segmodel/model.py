@@ -1,0 +1,111 @@
+"""The architectures: settings in, a Mask R-CNN (He et al., https://arxiv.org/abs/1703.06870) out.
+
+All three are torchvision's `MaskRCNN` module: backbone with feature pyramid, region proposal network,
+RoIAlign, class and box head, and one binary mask for each instance and class.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v3_large
+from torchvision.models.detection import (
+    MaskRCNN,
+    maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
+)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FrozenBatchNorm2d
+
+from segmodel.settings import ModelSettings
+
+# The small one: features of MobileNetV3-Large after its 14th block. The 15th block and the last
+# convolution hold a third of the weights and bring it over 16 MB; 96 channels and a 192-wide box head
+# make 3.8 million weights, 15 MB in float32.
+SMALL_LAYERS = {"3": "0", "6": "1", "12": "2", "14": "3"}
+SMALL_LAYER_CHANNELS = [24, 40, 112, 160]
+SMALL_CHANNELS = 96
+SMALL_BOX_WIDTH = 192
+SMALL_ANCHORS = (16, 32, 64, 128, 256)
+
+
+def mask_rcnn(settings: ModelSettings) -> MaskRCNN:
+    """Build the network with random weights from torch's global generator.
+
+    The detection thresholds are torchvision's; `inference.Predictor` sets its own.
+    """
+    sizes = {"min_size": settings.min_size, "max_size": settings.max_size}
+    match settings.arch:
+        case "maskrcnn_resnet50_fpn":
+            model = maskrcnn_resnet50_fpn(
+                weights=None, weights_backbone=None, num_classes=settings.num_classes, **sizes
+            )
+        case "maskrcnn_resnet50_fpn_v2":
+            model = maskrcnn_resnet50_fpn_v2(
+                weights=None, weights_backbone=None, num_classes=settings.num_classes, **sizes
+            )
+        case "small":
+            model = _small(settings.num_classes, **sizes)
+    if settings.norm == "frozen":
+        _freeze_batch_norm(model.backbone.body)
+    for module in model.backbone.body.modules():
+        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+            module.eps = settings.norm_eps
+    return model
+
+
+def _small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
+    features = mobilenet_v3_large(
+        weights=None, norm_layer=partial(nn.BatchNorm2d, momentum=0.01)
+    ).features
+    backbone = BackboneWithFPN(
+        nn.Sequential(*list(features)[: int(max(SMALL_LAYERS, key=int)) + 1]),
+        SMALL_LAYERS,
+        SMALL_LAYER_CHANNELS,
+        SMALL_CHANNELS,
+    )
+    aspect_ratios = (0.5, 1.0, 2.0)
+    anchors = AnchorGenerator(
+        tuple((size,) for size in SMALL_ANCHORS), (aspect_ratios,) * len(SMALL_ANCHORS)
+    )
+    return MaskRCNN(
+        backbone,
+        min_size=min_size,
+        max_size=max_size,
+        rpn_anchor_generator=anchors,
+        rpn_head=RPNHead(SMALL_CHANNELS, len(aspect_ratios)),
+        box_head=TwoMLPHead(SMALL_CHANNELS * 7 * 7, SMALL_BOX_WIDTH),
+        box_predictor=FastRCNNPredictor(SMALL_BOX_WIDTH, num_classes),
+        mask_head=MaskRCNNHeads(SMALL_CHANNELS, (SMALL_CHANNELS,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(SMALL_CHANNELS, SMALL_CHANNELS, num_classes),
+    )
+
+
+def _freeze_batch_norm(module: nn.Module) -> None:
+    """Replace every BatchNorm2d below `module` by a FrozenBatchNorm2d with the same statistics."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen)
+        else:
+            _freeze_batch_norm(child)
+
+
+def shape_problems(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Say in words how `state` differs from what `model` needs; an empty list when it fits."""
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return [
+        *(f"{name} is missing" for name in needed if name not in given),
+        *(f"{name} is not part of this architecture" for name in given if name not in needed),
+        *(
+            f"{name} has shape {given[name]}, but {needed[name]} is needed"
+            for name in needed
+            if name in given and given[name] != needed[name]
+        ),
+    ]

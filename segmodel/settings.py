@@ -1,0 +1,67 @@
+"""What makes a network, without its weights; no torch in here, so that it is quick to import."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Architecture = Literal["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "small"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+
+# Shorter side, longer side, in pixels: torchvision's for the large ones; the small one is for laptops,
+# and its cost grows with the area.
+DEFAULT_SIZES: Mapping[Architecture, tuple[int, int]] = {
+    "maskrcnn_resnet50_fpn": (800, 1333),
+    "maskrcnn_resnet50_fpn_v2": (800, 1333),
+    "small": (320, 640),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What makes a network, without its weights.
+
+    Attributes:
+        arch: One of `ARCHITECTURES`.
+        num_classes: Outputs of the heads, background (0) included.
+        min_size: An image is scaled so that its shorter side has this many pixels ...
+        max_size: ... unless its longer side would have more than this many.
+        image_mean: RGB, of images in 0..1.
+        image_std: RGB, of images in 0..1.
+        norm: `batch` keeps running statistics in the backbone, `frozen` has constants.
+        norm_eps: Added to the variance in the backbone. torchvision's COCO_V1 weights want 0.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    arch: Architecture
+    num_classes: int
+    min_size: int
+    max_size: int
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    norm: Literal["batch", "frozen"] = "batch"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {self.arch!r}: use {', '.join(ARCHITECTURES)}")
+        if self.num_classes < 2:
+            raise ValueError("num_classes counts background too, so it must be 2 or more")
+        if not 32 <= self.min_size <= self.max_size:
+            raise ValueError(
+                f"min_size ({self.min_size}) must be 32 or more, and at most max_size ({self.max_size})"
+            )
+
+
+def network_size(settings: ModelSettings, size_hw: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width to which the network scales an image, before padding.
+
+    The arithmetic of torchvision's `_resize_image_and_masks`, with at least one pixel: torchvision
+    fails on an image of 1 x 3000.
+    """
+    height, width = size_hw
+    scale = min(settings.min_size / min(size_hw), settings.max_size / max(size_hw))
+    return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
