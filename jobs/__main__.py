@@ -14,7 +14,6 @@ import jsonargparse
 from jobs.config import (
     DemoConfig,
     InitConfig,
-    PackConfig,
     PredictConfig,
     StatusConfig,
     from_namespace,
@@ -26,7 +25,6 @@ VERBS: dict[str, type[Any]] = {
     "predict": PredictConfig,
     "status": StatusConfig,
     "init": InitConfig,
-    "pack": PackConfig,
     "demo": DemoConfig,
 }
 

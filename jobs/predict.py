@@ -18,13 +18,14 @@ from typing import Any
 import ray
 
 from jobs import chunks, pipeline, plan, write
+from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console, duration, facts, size
 from jobs.detect import look
-from jobs.pipeline import Model, Pool, Work
 from jobs.plan import Plan
 from jobs.read import Source
+from jobs.source import Work
 from jobs.storage import Store, open_store
 from jobs.weights import load_bundle
 from jobs.write import Counts

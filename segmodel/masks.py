@@ -28,7 +28,7 @@ MAX_CANVAS_PIXELS = 2**32 - 1
 # `F.interpolate` has two bilinear kernels, which differ in the last bit, and takes the first one up
 # to this sum of output height and width: `_use_vectorized_kernel_cond_2d` in ATen's
 # native/cpu/UpSampleKernel.cpp.
-_SMALL_KERNEL_PIXELS = 127
+_SMALL_KERNEL_PIXELS = 128
 
 # Interpolation of values in 0..1 errs by fewer than 16 roundings of 2^-24; beyond twice that, and
 # something for a threshold of 0, the side of the threshold is certain.

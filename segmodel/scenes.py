@@ -75,7 +75,7 @@ class Scene:
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
-        masks: (N, H, W) bool, the visible part of each object, in order of depth; disjoint.
+        masks: (N, H, W) bool, the visible part of each object, lowest first; disjoint.
         category_ids: N ids of `CATEGORIES`.
     """
 

@@ -76,7 +76,7 @@ def test_scores_are_written() -> None:
     )
 
 
-@pytest.mark.parametrize("size_hw", [(1, 1), (1, 300), (8, 8), (30, 20), (2000, 1500)])
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 300), (8, 8), (30, 20), (1200, 900)])
 def test_any_size(size_hw: tuple[int, int]) -> None:
     image = np.zeros((*size_hw, 3), np.uint8)
     masks = np.ones((1, *size_hw), np.bool_)
@@ -95,9 +95,9 @@ def test_boxes_beyond_the_image() -> None:
 
 
 def test_counts_must_agree() -> None:
-    with pytest.raises(ValueError, match="longer|shorter"):
+    with pytest.raises(ValueError, match=r"longer|shorter"):
         overlay(GREY, [[0, 0, 5, 5]], [])
-    with pytest.raises(ValueError, match="longer|shorter"):
+    with pytest.raises(ValueError, match=r"longer|shorter"):
         overlay(GREY, [[0, 0, 5, 5]], ["a"], np.zeros((0, 120, 160), np.bool_))
 
 

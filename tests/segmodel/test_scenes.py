@@ -125,5 +125,5 @@ def test_coco_file_is_read_by_pycocotools(tmp_path: Path) -> None:
 
 
 def test_coco_wants_a_name_for_each_scene() -> None:
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         coco(SCENES, ["only.jpg"])

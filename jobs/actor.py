@@ -1,0 +1,124 @@
+"""The actor that holds the model: decodes in threads beside the network, hands over small arrays."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+import torch
+
+from jobs.encode import RAW, raw_row
+from jobs.envelope import Envelope, seal, unseal
+from segmodel.bundle import Bundle
+from segmodel.images import ImageError, decode
+from segmodel.inference import Image, Predictor
+from segmodel.schema import Category
+from segmodel.settings import Precision
+
+# Decoded images that wait for the network, for each decoding thread.
+DECODED_AHEAD = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """How the actors are laid out.
+
+    Attributes:
+        min_actors: The pool never has fewer.
+        max_actors: Nor more.
+        gpus_per_actor: A share of one GPU, or several; 0 on CPUs.
+        threads: For decoding, and on a CPU for the network.
+        batch_size: Images in a batch; the device's default where None.
+    """
+
+    min_actors: int
+    max_actors: int
+    gpus_per_actor: float
+    threads: int
+    batch_size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the actors run.
+
+    Attributes:
+        bundle: In Ray's object store, so that every node gets it without a shared disk.
+        categories: By label.
+        precision: Of the arithmetic.
+        score_threshold: Detections below are dropped.
+        max_detections: For each image.
+        masks: False for boxes only.
+        max_pixels: Larger images are refused.
+    """
+
+    bundle: "ray.ObjectRef[Bundle]"
+    categories: Mapping[int, Category]
+    precision: Precision
+    score_threshold: float
+    max_detections: int
+    masks: bool
+    max_pixels: int
+
+
+class Predict:
+    """Segments sealed chunks; several may be in it at once."""
+
+    def __init__(self, model: Model, pool: Pool) -> None:
+        if not pool.gpus_per_actor:
+            torch.set_num_threads(pool.threads)
+        self.max_pixels = model.max_pixels
+        self.window = pool.threads * DECODED_AHEAD
+        self.decoders = ThreadPoolExecutor(pool.threads, thread_name_prefix="decode")
+        self.predictor = Predictor(
+            ray.get(model.bundle),
+            "cuda" if pool.gpus_per_actor else "cpu",
+            model.precision,
+            score_threshold=model.score_threshold,
+            max_detections=model.max_detections,
+            batch_size=pool.batch_size,
+            masks=model.masks,
+        )
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Take a sealed chunk of `read.IMAGES`, return the same chunk as a table of `encode.RAW`."""
+        started = time.perf_counter()
+        sealed = unseal(block)
+        errors: dict[int, str] = {}
+        decoded = self._decoded(sealed.table, errors)
+        found = dict(self.predictor.stream(decoded))
+        names = sealed.table.select(["image_id", "shard", "key"]).to_pylist()
+        rows = [raw_row(found.get(n), errors.get(n)) | name for n, name in enumerate(names)]
+        return seal(
+            Envelope(
+                chunk_id=sealed.chunk_id,
+                positions=sealed.positions,
+                seconds={**sealed.seconds, "predict": time.perf_counter() - started},
+                table=pa.Table.from_pylist(rows, schema=RAW),
+            )
+        )
+
+    def _decoded(self, images: pa.Table, errors: dict[int, str]) -> Iterator[tuple[int, Image]]:
+        """Yield number and pixels of the images that can be decoded; note the errors of the others."""
+        under_way: deque[tuple[int, Future[Image]]] = deque()
+
+        def next_decoded() -> Iterator[tuple[int, Image]]:
+            number, future = under_way.popleft()
+            try:
+                yield number, future.result()
+            except ImageError as error:
+                errors[number] = str(error)
+
+        for number, (data, error) in enumerate(zip(images["data"], images["error"], strict=True)):
+            if error.is_valid:
+                errors[number] = error.as_py()
+                continue
+            future = self.decoders.submit(decode, data.as_buffer().to_pybytes(), self.max_pixels)
+            under_way.append((number, future))
+            if len(under_way) == self.window:
+                yield from next_decoded()
+        while under_way:
+            yield from next_decoded()
