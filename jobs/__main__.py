@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jsonargparse
-
 from jobs.config import (
+    ConfigError,
     DemoConfig,
     InitConfig,
+    Parser,
     PredictConfig,
     StatusConfig,
     from_namespace,
@@ -31,12 +31,13 @@ VERBS: dict[str, type[Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
-    parser = jsonargparse.ArgumentParser(
+    parser = Parser(
         prog="segjobs",
         description="Offline instance segmentation at scale: a bucket of images in, a table of masks out, "
         "exactly once.",
         epilog="`segjobs VERB --help` explains a verb. Every URI may be a local path, s3://, gs:// or "
         "another scheme that pyarrow.fs reads.",
+        allow_abbrev=False,
     )
     verbs = parser.add_subcommands(dest="verb", required=True)
     parsers = {verb: parser_for(config_class) for verb, config_class in VERBS.items()}
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What a user or a store did: the message says what to do. Anything else is ours, and keeps its
         # traceback.
         error_console.print(f"segjobs {verb}: {error}", style="bold red", markup=False)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

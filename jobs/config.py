@@ -19,6 +19,9 @@ from segmodel.settings import ARCHITECTURES, Architecture, Precision
 
 Config = TypeVar("Config")
 
+# How jsonargparse names a flag of the command line, or a key of a YAML file, that it does not know.
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: |[Oo]ption ')([^\s'=]+)")
+
 _ENDPOINT_HELP = (
     "S3-compatible store, for example http://127.0.0.1:9000; AWS_ENDPOINT_URL if left out"
 )
@@ -90,7 +93,7 @@ class PredictConfig:
         _check(
             "gpus_per_actor",
             self.gpus_per_actor,
-            lambda v: 0 <= v < 1 or v == int(v),
+            lambda v: 0 <= v < 1 or (v > 0 and float(v).is_integer()),
             "0, a fraction of 1, or a whole number",
         )
         if self.min_actors and self.max_actors and self.min_actors > self.max_actors:
@@ -117,7 +120,8 @@ class InitConfig:
     )
     output: str = option("folder or prefix of the bundle")
     categories: str | None = option(
-        "JSON or YAML list of {id, name}, or a COCO file; COCO's 80 if left out with coco weights",
+        "JSON or YAML list of {id, name} or {id, name, label}, or a COCO file; COCO's 80 if left out "
+        "with coco weights",
         None,
     )
     seed: int = option("of the random weights", 0)
@@ -129,8 +133,12 @@ class InitConfig:
     endpoint_url: str | None = option(_ENDPOINT_HELP, None)
 
     def __post_init__(self) -> None:
+        _check("min_size", self.min_size, lambda v: v >= 32, "32 or more")
+        _check("norm_eps", self.norm_eps, lambda v: v >= 0, "0 or more")
         _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
-        _check("max_detections", self.max_detections, lambda v: v >= 1, "1 or more")
+        for name in ("max_detections", "min_size", "max_size"):
+            _check(name, getattr(self, name), lambda v: v >= 1, "1 or more")
+        _check("norm_eps", self.norm_eps, lambda v: 0 <= v < 1, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +168,12 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _check("scenes", self.scenes, lambda v: v >= 1, "1 or more")
+        _check("seed", self.seed, lambda v: v >= 0, "0 or more")
 
 
 def parser_for(config_class: type[Any]) -> jsonargparse.ArgumentParser:
     """Return the parser of one verb: a flag for each field of its dataclass."""
-    parser = _Parser(description=config_class.__doc__)
+    parser = Parser(description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="YAML file with the keys below; flags win"
     )
@@ -184,17 +193,17 @@ def from_namespace(config_class: type[Config], values: jsonargparse.Namespace) -
     return config_class(**{name: value for name, value in vars(values).items() if name in names})
 
 
-class _Parser(jsonargparse.ArgumentParser):
+class Parser(jsonargparse.ArgumentParser):
     """Adds the nearest known name to the error about an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
-        known += [action.dest for action in self._actions]
-        for word in re.findall(r"[\w.-]+", message):
-            close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
-            if close and word not in known:
-                message = f"{message.rstrip('.')} - did you mean {close[0]}?"
-                break
+        """Print the usage and `message`, and exit with 2."""
+        if unknown := _UNKNOWN.search(message):
+            # An unknown key of a YAML file is reported to the parser above the verb's.
+            parser = getattr(ex, "subcommand_parser", None) or self
+            known = [name for a in parser._actions for name in (*a.option_strings, a.dest)]
+            if close := difflib.get_close_matches(unknown[1], known, n=1):
+                message = f"{message} - did you mean {close[0]}?"
         super().error(message, ex)
 
 

@@ -1,6 +1,7 @@
 """What lies at the input: which objects, and how they are to be read."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.storage import ObjectInfo, Store, open_store, split_uri
+from jobs.storage import ObjectInfo, StorageError, Store, open_store, split_uri
 from jobs.tar import IMAGE_SUFFIXES
 
 Format = Literal["auto", "webdataset", "parquet", "images", "manifest"]
@@ -57,7 +58,7 @@ class Input:
         digest = hashlib.sha256()
         for batch in self.objects.to_batches(max_chunksize=LISTING_BATCH):
             for column in batch.columns:
-                digest.update("\n".join(map(str, column.to_pylist())).encode())
+                digest.update(json.dumps(column.to_pylist()).encode())
         return digest.hexdigest()
 
 
@@ -150,7 +151,9 @@ def _is_manifest(store: Store, first: pa.Table) -> bool:
     (found,) = objects_of(first)
     try:
         names = pq.read_schema(store.open(found, FOOTER_WINDOW)).names
-    except pa.ArrowInvalid:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
         # A damaged shard: indexing it makes the row that says so.
         return False
     return "uri" in names and "image" not in names

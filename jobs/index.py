@@ -71,7 +71,8 @@ def index_tar(store: Store, info: ObjectInfo, chunk_size: int) -> list[Chunk]:
                 num_images=last - first,
                 num_bytes=sum(member.size for member in found[first:last]),
                 byte_start=found[first].start,
-                byte_stop=found[last - 1].stop,
+                # The padding behind the last image may be cut off.
+                byte_stop=min(found[last - 1].stop, info.size),
                 renamed=tuple((n, key) for n, key in renamed.items() if first <= n < last),
             )
         )
@@ -93,6 +94,7 @@ def index_parquet(
         column = find_image_column(file.schema_arrow, image_column)
         names = key_columns(file.schema_arrow, column)
         rows = file.read(columns=names).to_pylist() if names else []
+        num_bytes = _image_bytes(file.metadata, column)
     except ParquetInputError as error:
         raise ParquetInputError(f"{store.url(info.path)}: {error}") from None
     except (pa.ArrowException, OSError) as error:
@@ -105,7 +107,7 @@ def index_parquet(
         _refuse_repeated_ids([row["image_id"] for row in rows], store.url(info.path))
     else:
         _, renamed = unique([row_key(row, n, column) for n, row in enumerate(rows or [{}] * total)])
-    bytes_per_row = info.size / max(1, total)
+    bytes_per_row = num_bytes / max(1, total)
     most_rows = max(1, min(chunk_size, int(MAX_CHUNK_BYTES / max(1, bytes_per_row))))
     groups = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
     return [
@@ -123,10 +125,28 @@ def index_parquet(
     ]
 
 
-def _refuse_repeated_ids(ids: list[str], url: str) -> None:
+def _image_bytes(metadata: pq.FileMetaData, image_column: str) -> int:
+    """Return what a shard's images take in memory: a compressed page may hold ten times its size."""
+    columns = (
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    )
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if f"{column.path_in_schema}.".startswith(f"{image_column}.")
+    )
+
+
+def _refuse_repeated_ids(ids: list[str | None], url: str) -> None:
+    if None in ids:
+        raise ParquetInputError(
+            f"{url} has rows without an image_id: fill them in, or rename the column image_id"
+        )
     if repeated := [value for value, times in Counter(ids).items() if times > 1]:
         raise ParquetInputError(
-            f"{url} has {len(repeated)} image ids more than once ({', '.join(repeated[:3])}): "
+            f"{url} has {len(repeated)} image ids more than once ({', '.join(map(str, repeated[:3]))}): "
             "pack the data set anew, or rename the column image_id"
         )
 
@@ -222,7 +242,7 @@ def key_columns(schema: pa.Schema, image_column: str) -> list[str]:
     shards can be held against them; otherwise the column `key`, or the path in the image struct, or
     none: then the number of the row is the key.
     """
-    strings = {field.name for field in schema if pa.types.is_string(field.type)}
+    strings = {field.name for field in schema if _holds_text(field.type)}
     if strings >= set(OWN_KEYS):
         return list(OWN_KEYS)
     if "key" in strings:
@@ -244,7 +264,15 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _holds_bytes(kind.field(index).type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def _runs(found: list[tar.Member], chunk_size: int, tar_bytes: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from jobs.detect import InputError
-from jobs.storage import ObjectInfo, Store
+from jobs.storage import ObjectInfo, StorageError, Store
 
 WINDOW = 8 * 2**20
 
@@ -30,8 +30,9 @@ def read_uris(store: Store, info: ObjectInfo) -> Iterator[str]:
     for number, given in enumerate(_column(store, info)):
         if not given or not isinstance(given, str):
             raise InputError(f"row {number} of {store.url(info.path)} has no uri")
-        digests.append(int.from_bytes(blake2b(given.encode(), digest_size=8).digest(), "big"))
-        yield _whole(given, store, info.path)
+        uri = _whole(given, store, info.path)
+        digests.append(int.from_bytes(blake2b(uri.encode(), digest_size=8).digest(), "big"))
+        yield uri
     values, times = np.unique(np.asarray(digests, np.uint64), return_counts=True)
     if (times > 1).any():
         twice = set(values[times > 1].tolist())
@@ -56,8 +57,11 @@ def _column(store: Store, info: ObjectInfo) -> Iterator[str | None]:
             case _:
                 for line in io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8"):
                     if line.strip():
-                        yield json.loads(line).get("uri")
-    except (pa.ArrowException, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+                        row = json.loads(line)
+                        yield row.get("uri") if isinstance(row, dict) else None
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
         raise InputError(
             f"{url} cannot be read as a manifest: {error}. It needs a column `uri`."
         ) from error

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray.exceptions import RayTaskError
 
 from jobs import chunks as chunks_
 from jobs import index
@@ -268,7 +269,11 @@ def _in_order(
     task = ray.remote(num_cpus=INDEX_CPUS)(function)
     under_way = deque(task.remote(*call) for call in islice(calls, TASKS_UNDER_WAY))
     while under_way:
-        yield ray.get(under_way.popleft())
+        try:
+            yield ray.get(under_way.popleft())
+        except RayTaskError as error:
+            # What the task said, without the traceback that Ray makes a part of the message.
+            raise error.cause from error
         under_way.extend(task.remote(*call) for call in islice(calls, 1))
 
 

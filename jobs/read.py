@@ -1,5 +1,6 @@
 """Chunks to tables of image bytes: one reader for each format, one row for each planned image."""
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,15 @@ class Row:
     image_id: str = ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of one row group: `num_rows` of them, from number `first` in the group on."""
+
+    group: int
+    first: int
+    num_rows: int
+
+
 def read_chunk(chunk: Chunk, source: Source) -> pa.Table:
     """Read the images of a chunk, in their order.
 
@@ -100,13 +110,18 @@ def _read_tar(chunk: Chunk, source: Source) -> list[Row]:
     span = chunk.byte_start, chunk.byte_stop
     data = source.store.read(chunk.shard, span, chunk.etag)
     renamed = dict(chunk.renamed)
-    rows = []
+    rows: list[Row] = []
     found = tar.members(io.BytesIO(data), until_end=False)
     numbers = range(chunk.start, chunk.start + chunk.num_images)
-    for number, member in zip(numbers, found, strict=False):
-        content = data[member.data_start : member.data_start + member.size]
-        rows.append(Row(chunk.shard, renamed.get(number, member.key), content))
-    return rows
+    with contextlib.suppress(tar.DamagedTarError):
+        for number, member in zip(numbers, found, strict=False):
+            content = data[member.data_start : member.data_start + member.size]
+            if member.problem or len(content) != member.size:
+                break
+            rows.append(Row(chunk.shard, renamed.get(number, member.key), content))
+    # Its size and etag say that it is the same, its headers that it is not.
+    changed = "changed: the tar does not hold what was planned"
+    return rows + _rest_in_error(chunk, len(rows), changed)
 
 
 def _read_parquet(chunk: Chunk, source: Source) -> list[Row]:
@@ -114,17 +129,29 @@ def _read_parquet(chunk: Chunk, source: Source) -> list[Row]:
     file = pq.ParquetFile(source.store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
     column = find_image_column(file.schema_arrow, source.image_column)
     names = key_columns(file.schema_arrow, column)
-    # The names first: where a page of images is damaged, the rows in error still have their own.
-    named = [
-        _named_row(chunk, number, values, column)
-        for number, values in enumerate(
-            _rows_from(file, chunk.start, names, chunk.num_images), chunk.start
-        )
-    ]
+    renamed = dict(chunk.renamed)
+    rows: list[Row] = []
+    for part in _parts(file, chunk.start, chunk.num_images):
+        # The names first: where a page of images is damaged, the rows in error still have their own.
+        named = [
+            _named_row(chunk.shard, values, renamed.get(number) or row_key(values, number, column))
+            for number, values in enumerate(_rows_of(file, part, names), chunk.start + len(rows))
+        ]
+        rows += _with_images(named, file, part, column)
+    return rows
+
+
+def _named_row(shard: str, values: dict[str, Any], key: str) -> Row:
+    if "image_id" in values:
+        return Row(values["shard"], values["key"], None, image_id=values["image_id"])
+    return Row(shard, key, None)
+
+
+def _with_images(named: list[Row], file: pq.ParquetFile, part: Part, column: str) -> list[Row]:
+    """Add the images of a part of a row group to its rows; behind a damaged page, the error."""
     rows: list[Row] = []
     try:
-        images = _rows_from(file, chunk.start, [column], chunk.num_images)
-        for row, values in zip(named, images, strict=True):
+        for row, values in zip(named, _rows_of(file, part, [column]), strict=True):
             image = values[column]
             data = image.get("bytes") if isinstance(image, dict) else image
             error = "empty: the row holds no image" if data is None else None
@@ -139,31 +166,30 @@ def _read_parquet(chunk: Chunk, source: Source) -> list[Row]:
     return rows
 
 
-def _named_row(chunk: Chunk, number: int, values: dict[str, Any], column: str) -> Row:
-    if "image_id" in values:
-        return Row(values["shard"], values["key"], None, image_id=values["image_id"])
-    key = dict(chunk.renamed).get(number) or row_key(values, number, column)
-    return Row(chunk.shard, key, None)
+def _parts(file: pq.ParquetFile, start: int, count: int) -> Iterator[Part]:
+    """Yield the parts of row groups that make up `count` rows from number `start` on."""
+    passed = 0
+    for group in range(file.metadata.num_row_groups):
+        group_rows = file.metadata.row_group(group).num_rows
+        first, last = max(start, passed), min(start + count, passed + group_rows)
+        if first < last:
+            yield Part(group, first - passed, last - first)
+        passed += group_rows
 
 
-def _rows_from(
-    file: pq.ParquetFile, start: int, columns: list[str], count: int
+def _rows_of(
+    file: pq.ParquetFile, part: Part, columns: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield `count` rows from number `start` on, holding few of them at a time."""
+    """Yield the rows of a part of a row group, holding few of them at a time."""
     if not columns:
-        yield from ({} for _ in range(count))
+        yield from ({} for _ in range(part.num_rows))
         return
-    first_group, passed = 0, 0
-    while passed + file.metadata.row_group(first_group).num_rows <= start:
-        passed += file.metadata.row_group(first_group).num_rows
-        first_group += 1
-    groups = list(range(first_group, file.metadata.num_row_groups))
-    left = count
-    for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=columns):
-        part = batch.slice(min(max(start - passed, 0), batch.num_rows), left)
-        passed += batch.num_rows
-        left -= part.num_rows
-        yield from part.to_pylist()
+    skip, left = part.first, part.num_rows
+    for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[part.group], columns=columns):
+        rows = batch.slice(min(skip, batch.num_rows), left)
+        skip -= min(skip, batch.num_rows)
+        left -= rows.num_rows
+        yield from rows.to_pylist()
         if not left:
             return
 
@@ -190,13 +216,17 @@ def _in_threads(row: Callable[[ObjectInfo], Row], infos: list[ObjectInfo]) -> li
 
 
 def _listed(chunk: Chunk, source: Source) -> list[ObjectInfo]:
-    data = source.lists.read(chunk.list_path)
+    try:
+        data = source.lists.read(chunk.list_path)
+    except FileNotFoundError as error:
+        raise StorageError(f"{error}: the plan is damaged, start a new output") from error
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-    rows = _rows_from(file, chunk.start, OBJECTS.names, chunk.num_images)
-    return [
-        ObjectInfo(**row) if source.check_loose else replace(ObjectInfo(**row), etag="")
-        for row in rows
+    infos = [
+        ObjectInfo(**row)
+        for part in _parts(file, chunk.start, chunk.num_images)
+        for row in _rows_of(file, part, OBJECTS.names)
     ]
+    return infos if source.check_loose else [replace(info, etag="") for info in infos]
 
 
 def _fetch(store: Store, info: ObjectInfo) -> tuple[bytes | None, str | None]:
@@ -215,6 +245,6 @@ def _fetch(store: Store, info: ObjectInfo) -> tuple[bytes | None, str | None]:
 
 
 def _rest_in_error(chunk: Chunk, done: int, error: str) -> list[Row]:
-    """Return a row in error for each image of a chunk but the first `done`; their names are not known."""
+    """Return a row in error for each image of a chunk but the first `done`; no names are known."""
     numbers = range(chunk.start + done, chunk.start + chunk.num_images)
     return [Row(chunk.shard, f"{number:08d}", None, error) for number in numbers]

@@ -95,7 +95,10 @@ class Store(ABC):
 
     @abstractmethod
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Write an object unless there is one; return whether it was written."""
+        """Write an object unless there is one; return whether it was written.
+
+        `data` names its writer: after a lost answer, the object that is there is compared with it.
+        """
 
     @abstractmethod
     def delete(self, path: str) -> None:
@@ -107,7 +110,7 @@ class Store(ABC):
 
     def url(self, path: str) -> str:
         """Return how to name the object at `path` to a person."""
-        return f"{self.uri}/{path}" if path else self.uri
+        return f"{self.uri.rstrip('/')}/{path}" if path else self.uri
 
 
 class WindowedFile(io.RawIOBase):
@@ -134,6 +137,8 @@ class WindowedFile(io.RawIOBase):
     @override
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"byte {base + offset} lies before the start")
         self._position = base + offset
         return self._position
 
@@ -144,13 +149,13 @@ class WindowedFile(io.RawIOBase):
         return len(data)
 
     @override
-    def read(self, size: int = -1) -> bytes:
-        start = self._position
-        stop = self._info.size if size < 0 else min(start + size, self._info.size)
+    def read(self, size: int | None = -1) -> bytes:
+        start, end = self._position, self._info.size
+        stop = end if size is None or size < 0 else min(start + size, end)
         if start >= stop:
             return b""
         if start < self._buffer_start or stop > self._buffer_start + len(self._buffer):
-            fetch_stop = min(max(stop, start + self.window), self._info.size)
+            fetch_stop = min(max(stop, start + self.window), end)
             self._buffer = self._store.read(self._info.path, (start, fetch_stop), self._info.etag)
             self._buffer_start = start
         self._position = stop
@@ -158,7 +163,10 @@ class WindowedFile(io.RawIOBase):
 
 
 class ArrowStore(Store):
-    """Local folders, and every scheme of `pyarrow.fs` but `s3`."""
+    """Local folders, and every scheme of `pyarrow.fs` but `s3`.
+
+    An etag is size and time of change here; only the size where the file system knows no time.
+    """
 
     def __init__(self, filesystem: pafs.FileSystem, root: str, uri: str) -> None:
         self.filesystem, self.root, self.uri = filesystem, root, uri
@@ -166,10 +174,14 @@ class ArrowStore(Store):
     @override
     def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         selector = pafs.FileSelector(self._full(prefix), recursive=True, allow_not_found=True)
-        found = (info for info in self.filesystem.get_file_info(selector) if info.is_file)
-        start = len(self.root) + 1 if self.root else 0
+        try:
+            found = [info for info in self.filesystem.get_file_info(selector) if info.is_file]
+        except NotADirectoryError:
+            return
+        root = self.root.strip("/")
         for info in sorted(found, key=lambda info: info.path):
-            yield _object_info(info.path[start:], info)
+            path = info.path.lstrip("/").removeprefix(root).lstrip("/")
+            yield _object_info(path, info)
 
     @override
     def info(self, path: str) -> ObjectInfo | None:
@@ -187,10 +199,10 @@ class ArrowStore(Store):
                 if span is None:
                     return bytes(file.readall())
                 data = bytes(file.read_at(span[1] - span[0], span[0]))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.url(path)} does not exist") from None
-        except PermissionError as error:
-            raise StorageError(f"{self.url(path)} may not be read: {error}") from error
+        except OSError as error:
+            raise StorageError(f"{self.url(path)} cannot be read: {error}") from error
         if len(data) != span[1] - span[0]:
             raise ChangedError(_changed(self.url(path)))
         return data
@@ -228,13 +240,14 @@ class ArrowStore(Store):
             self.filesystem.delete_file(self._full(path))
 
     def _full(self, path: str) -> str:
-        return "/".join(part for part in (self.root, path) if part)
+        return f"{self.root.rstrip('/')}/{path}" if self.root and path else self.root or path
 
     def _put_aside(self, path: str, data: bytes) -> str:
         """Write `data` beside `path`, under a name that no reader looks at."""
-        folder, _, name = self._full(path).rpartition("/")
-        self.filesystem.create_dir(folder, recursive=True)
-        aside = f"{folder}/.{name}.{uuid.uuid4().hex}"
+        folder, slash, name = self._full(path).rpartition("/")
+        if folder:
+            self.filesystem.create_dir(folder, recursive=True)
+        aside = f"{folder}{slash}.{name}.{uuid.uuid4().hex}"
         with self.filesystem.open_output_stream(aside) as stream:
             stream.write(data)
         return aside
@@ -290,7 +303,10 @@ class S3Store(Store):
             return bytes(self._client.get_object(**wanted)["Body"].read())
 
         with self._errors(path):
-            return _again_when_broken_off(attempt)
+            data = _again_when_broken_off(attempt)
+        if span is not None and len(data) != span[1] - span[0]:
+            raise ChangedError(_changed(self.url(path)))
+        return data
 
     @override
     def put(self, path: str, data: bytes) -> None:
@@ -327,7 +343,7 @@ class S3Store(Store):
             code = str(error.response["Error"].get("Code"))
             if code in ("404", "NoSuchKey"):
                 raise FileNotFoundError(f"{url} does not exist") from error
-            if code in ("412", "PreconditionFailed"):
+            if code in ("412", "PreconditionFailed", "416", "InvalidRange"):
                 raise ChangedError(_changed(url)) from error
             raise StorageError(f"{url}: {_ADVICE.get(code, code)} ({error})") from error
         except botocore.exceptions.NoCredentialsError as error:
@@ -359,7 +375,7 @@ def open_store(uri: str, endpoint_url: str | None = None) -> Store:
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         path = Path(rest if separator else uri).absolute()
-        return ArrowStore(pafs.LocalFileSystem(), str(path).rstrip("/"), str(path))
+        return ArrowStore(pafs.LocalFileSystem(), str(path), str(path))
     bucket, _, prefix = rest.partition("/")
     if not bucket:
         raise ValueError(f"{uri!r} names no bucket: write {scheme}://BUCKET/PREFIX")
@@ -369,13 +385,19 @@ def open_store(uri: str, endpoint_url: str | None = None) -> Store:
         filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{bucket}")
     except pa.ArrowInvalid as error:
         raise ValueError(f"cannot use {uri!r}: {error}") from error
-    return ArrowStore(filesystem, f"{root}/{prefix}".strip("/"), uri.rstrip("/"))
+    # The slash in front of a root stays: without it HDFS would start at the user's home.
+    full = f"{root.rstrip('/')}/{prefix}".rstrip("/") if prefix else root
+    return ArrowStore(filesystem, full, uri.rstrip("/"))
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Cut a URI into its folder and the object's name there."""
-    folder, _, name = uri.rstrip("/").rpartition("/")
-    return folder or "/", name
+    """Cut a URI into its folder and the object's name there; a bucket alone has an empty name."""
+    folder, slash, name = uri.rstrip("/").rpartition("/")
+    if folder.endswith(":/"):
+        return uri, ""
+    if not folder or folder.endswith("://"):
+        folder += slash
+    return folder or ".", name
 
 
 @cache
@@ -393,12 +415,13 @@ def _s3_client(endpoint_url: str | None) -> Any:
 
 
 def _again_when_broken_off(attempt: Callable[[], Result]) -> Result:
-    """Call `attempt`, again with back-off and jitter when the connection breaks within a body."""
+    """Call `attempt`, again with back-off and jitter when a body breaks off or arrives damaged."""
     for number in range(BODY_ATTEMPTS - 1):
         with contextlib.suppress(
             botocore.exceptions.ReadTimeoutError,
             botocore.exceptions.ResponseStreamingError,
             botocore.exceptions.IncompleteReadError,
+            botocore.exceptions.FlexibleChecksumError,
         ):
             return attempt()
         time.sleep(random.uniform(0, 0.1 * 2**number))

@@ -1,7 +1,7 @@
 """Images in a tar: names, places, and whether the archive is whole.
 
-`tarfile` parses the headers. It ends quietly at a cut or a damaged header, so the end is checked here:
-an archive is whole only when a block of zeros follows its last member.
+`tarfile` parses the headers. It ends quietly at a cut, a damaged header or a lost block, so the end is
+checked here: an archive is whole only when zeros follow its last member, and nothing but zeros.
 """
 
 import tarfile
@@ -9,6 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
+
+# How archives begin that were compressed as a whole.
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+# What lies behind an end mark is read in pieces of so many bytes.
+PADDING_BYTES = 2**16
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 
@@ -56,10 +66,11 @@ def members(file: BinaryIO, *, until_end: bool) -> Iterator[Member]:
     Raises:
         DamagedTarError: After the last readable member, where the archive is not whole.
     """
+    start = file.tell()
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` belongs to the caller
+        archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 - not ours
         count = 0
-        while (info := archive.next()) is not None:
+        while (info := _next(archive)) is not None:
             count += 1
             if is_image(info.name) and not info.isdir():
                 yield Member(
@@ -68,9 +79,28 @@ def members(file: BinaryIO, *, until_end: bool) -> Iterator[Member]:
             # A TarFile remembers every member that it has seen; a shard may hold 100,000.
             archive.members.clear()  # type: ignore[attr-defined]
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise DamagedTarError(f"the tar is damaged: {error}") from error
+        problem = _compression(file, start) or f"the tar is damaged: {error}"
+        raise DamagedTarError(problem) from error
     if until_end:
         _check_end(file, archive.offset, count)
+
+
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    info = archive.next()
+    if info is not None and info.size < 0:
+        # `tarfile` would step back, and read the same header for ever.
+        raise tarfile.ReadError(f"{_text(info.name)} has a negative size")
+    return info
+
+
+def _compression(file: BinaryIO, start: int) -> str:
+    """Return what to say about an archive that was compressed as a whole, or an empty string."""
+    file.seek(start)
+    first = file.read(8)
+    for magic, name in COMPRESSED.items():
+        if first.startswith(magic):
+            return f"the tar is compressed ({name}): store it as it is, so that its images can be reached"
+    return ""
 
 
 def _check_end(file: BinaryIO, offset: int, count: int) -> None:
@@ -84,6 +114,12 @@ def _check_end(file: BinaryIO, offset: int, count: int) -> None:
         raise DamagedTarError(
             f"the tar has a damaged header at byte {offset}, after {count} members"
         )
+    while block := file.read(PADDING_BYTES):
+        if block.strip(b"\0"):
+            raise DamagedTarError(
+                f"the tar goes on behind an end mark at byte {offset}, after {count} members: several "
+                "were put together, or a block is lost"
+            )
 
 
 def _problem(info: tarfile.TarInfo) -> str:

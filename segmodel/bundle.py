@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from segmodel.model import mask_rcnn, shape_problems
+from segmodel.model import shape_problems, state_shapes
 from segmodel.schema import Category
 from segmodel.settings import ModelSettings
 
@@ -99,8 +99,8 @@ def parse(description: bytes, weights: bytes, name: str = "the bundle") -> Bundl
     """
     try:
         fields = json.loads(description)
-        state = safetensors.torch.load(weights)
         _check_version(fields["format_version"], name)
+        state = safetensors.torch.load(weights)
         settings = fields["settings"]
         for triple in ("image_mean", "image_std"):
             settings[triple] = tuple(settings[triple])
@@ -122,7 +122,7 @@ def parse(description: bytes, weights: bytes, name: str = "the bundle") -> Bundl
             f"{name} was changed after it was written: its digest is {bundle.digest[:12]}, "
             f"{DESCRIPTION} says {str(fields.get('digest'))[:12]}. Fetch or make it anew."
         )
-    if problems := shape_problems(mask_rcnn(bundle.settings), state):
+    if problems := shape_problems(state_shapes(bundle.settings), state):
         raise BundleError(f"{name}: weights and architecture do not fit: {'; '.join(problems[:5])}")
     return bundle
 
@@ -146,6 +146,10 @@ def _check_categories(categories: tuple[Category, ...], num_classes: int) -> Non
         raise BundleError(
             f"category {wrong[0].name!r} has label {wrong[0].label}, but the network has the labels "
             f"1 to {num_classes - 1}"
+        )
+    if wrong := [c for c in categories if not -(2**31) <= c.id < 2**31]:
+        raise BundleError(
+            f"category {wrong[0].name!r} has id {wrong[0].id}, which does not fit into 32 bits"
         )
 
 

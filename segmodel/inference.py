@@ -28,7 +28,7 @@ CPU_BATCH_SIZE = 1
 # Decoded images that may wait for others of their shape, in batches.
 LOOK_AHEAD_BATCHES = 4
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Predictor:
@@ -61,22 +61,35 @@ class Predictor:
             max_detections: For each image, best first; the bundle's where None.
             batch_size: Images in a batch; where None, 8 on a GPU and 1 on a CPU.
             masks: False leaves the mask head out: boxes only.
+
+        Raises:
+            ValueError: `precision` is unknown, or a number out of its range.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        self.batch_size = batch_size or (
-            GPU_BATCH_SIZE if self.device.type == "cuda" else CPU_BATCH_SIZE
-        )
+        if batch_size is None:
+            batch_size = GPU_BATCH_SIZE if self.device.type == "cuda" else CPU_BATCH_SIZE
+        if max_detections is None:
+            max_detections = bundle.max_detections
+        if batch_size < 1 or max_detections < 1:
+            raise ValueError(
+                f"batch_size ({batch_size}) and max_detections ({max_detections}) must be 1 or more"
+            )
+        if precision not in _AUTOCAST:
+            raise ValueError(f"unknown precision {precision!r}: use {', '.join(_AUTOCAST)}")
+        self.batch_size = batch_size
         self.settings = bundle.settings
-        self.autocast_dtype = _AUTOCAST["fp32" if precision == "auto" else precision]
+        self.autocast_dtype = _AUTOCAST[precision]
         self._lock = threading.Lock()
 
-        model = mask_rcnn(bundle.settings)
+        # The random weights, which are replaced at once, are not to disturb the caller's generator.
+        with torch.random.fork_rng(devices=[]):
+            model = mask_rcnn(bundle.settings)
         model.load_state_dict(dict(bundle.weights))
         heads = model.roi_heads
         heads.score_thresh = bundle.score_threshold if score_threshold is None else score_threshold
-        heads.detections_per_img = max_detections or bundle.max_detections
+        heads.detections_per_img = max_detections
         if not masks:
             heads.mask_roi_pool = None
         self.model = model.eval().requires_grad_(requires_grad=False).to(self.device)
@@ -91,6 +104,9 @@ class Predictor:
 
         Returns:
             One `Detections` for each image, in their order.
+
+        Raises:
+            ValueError: An image is none.
         """
         found = dict(self.stream(enumerate(images)))
         return [found[index] for index in range(len(images))]
@@ -103,6 +119,9 @@ class Predictor:
 
         Yields:
             Number and detections, in the order in which batches fill.
+
+        Raises:
+            ValueError: An image is none.
         """
         look_ahead = self.batch_size * LOOK_AHEAD_BATCHES if self.batch_size > 1 else 1
         for group in batches(
@@ -115,6 +134,7 @@ class Predictor:
             )
 
     def _padded_size(self, image: Image) -> tuple[int, int]:
+        _check(image)
         height, width = network_size(self.settings, image.shape[:2])
         return _round_up(height), _round_up(width)
 
@@ -140,13 +160,23 @@ class Predictor:
         sizes = []
         for row, image in zip(padded, images, strict=True):
             height, width = network_size(self.settings, image.shape[:2])
-            pixels = torch.from_numpy(image).to(self.device).permute(2, 0, 1).contiguous()
-            normalised = (pixels.float().div(255) - self._mean) / self._std
+            # torch refuses negative strides and warns of read-only memory: only those are copied.
+            pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(self.device)
+            # One float copy of the image and no more: it may have 89 megapixels.
+            normalised = pixels.permute(2, 0, 1).contiguous().float()
+            normalised.div_(255).sub_(self._mean).div_(self._std)
             row[:, :height, :width] = functional.interpolate(
                 normalised[None], size=(height, width), mode="bilinear", align_corners=False
             )[0]
             sizes.append((height, width))
         return ImageList(padded, sizes)
+
+
+def _check(image: Image) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype != np.uint8:
+        raise ValueError(
+            f"an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}: see `images.decode`"
+        )
 
 
 def _round_up(pixels: int) -> int:

@@ -1,6 +1,9 @@
 """First weights: random by seed, torchvision's published ones, an ImageNet backbone, or a state-dict file."""
 
+import re
+import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,7 +19,7 @@ from torchvision.models.detection import (
 )
 
 from segmodel.bundle import Bundle
-from segmodel.model import mask_rcnn, shape_problems
+from segmodel.model import mask_rcnn, shape_problems, state_shapes
 from segmodel.schema import Category
 from segmodel.settings import Architecture, ModelSettings
 
@@ -29,7 +32,40 @@ _BACKBONE_WEIGHTS = {
     "maskrcnn_resnet50_fpn_v2": ResNet50_Weights.IMAGENET1K_V2,
     "small": MobileNet_V3_Large_Weights.IMAGENET1K_V2,
 }
+# MobileNetV3 was trained with this epsilon, the ResNets with the usual one.
+_BACKBONE_NORM_EPS = {
+    "maskrcnn_resnet50_fpn": 1e-5,
+    "maskrcnn_resnet50_fpn_v2": 1e-5,
+    "small": 1e-3,
+}
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
+_BODY, _COUNTER = "backbone.body.", ".num_batches_tracked"
+
+# Layers that torchvision has renamed since it published its first COCO weights. Its modules rename them
+# while they load (`_load_from_state_dict`); here it is done when a bundle is made.
+_RENAMED = {
+    "rpn.head.conv": "rpn.head.conv.0.0",
+    **{f"roi_heads.mask_head.mask_fcn{i + 1}": f"roi_heads.mask_head.{i}.0" for i in range(4)},
+    **{
+        f"backbone.fpn.{kind}_blocks.{i}": f"backbone.fpn.{kind}_blocks.{i}.0"
+        for kind in ("inner", "layer")
+        for i in range(4)
+    },
+}
+
+# What `torch.load` raises for damaged bytes and for those of other formats, found by flipping bytes.
+_DAMAGE = (
+    SafetensorError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 
 
 class WeightsError(ValueError):
@@ -92,16 +128,25 @@ def coco_bundle(arch: Architecture, min_size: int, max_size: int) -> Bundle:
 
 
 def imagenet_bundle(settings: ModelSettings, categories: Sequence[Category], seed: int) -> Bundle:
-    """Return a bundle with torchvision's ImageNet backbone below random heads."""
+    """Return a bundle with torchvision's ImageNet backbone below random heads.
+
+    The epsilon of the backbone's normalisation is the one it was trained with, whatever `settings` say.
+    """
     weights = _BACKBONE_WEIGHTS[settings.arch]
+    settings = replace(settings, norm_eps=_BACKBONE_NORM_EPS[settings.arch])
     state = _random_state(settings, seed)
     backbone = {
-        f"backbone.body.{name.removeprefix('features.')}": tensor
+        _BODY + name.removeprefix("features."): tensor
         for name, tensor in weights.get_state_dict(check_hash=True).items()
     }
     # The classifier, and of MobileNet the last blocks, have no place in a backbone.
     fitting = {name: tensor for name, tensor in backbone.items() if name in state}
-    missing = [name for name in state if name.startswith("backbone.body.") and name not in fitting]
+    # Weights from before batches were counted have no counters; those of the new network are 0.
+    missing = [
+        name
+        for name in state
+        if name.startswith(_BODY) and not name.endswith(_COUNTER) and name not in fitting
+    ]
     if missing:
         raise WeightsError(f"{weights} lacks {len(missing)} tensors, for example {missing[0]}")
     return Bundle(
@@ -143,19 +188,19 @@ def read_state(path: Path, name: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise WeightsError(f"{name} cannot be read as weights: {_first_line(error)}") from error
     except UnpicklingError as error:
+        raise WeightsError(_refusal(name, str(error))) from error
+    except _DAMAGE as error:
         raise WeightsError(
-            f"{name} holds more than plain tensors, and code from a file is never run: save it by "
-            f"torch.save(model.state_dict(), FILE) ({_first_line(error)})"
+            f"{name} cannot be read as weights, it is damaged or of another format: "
+            f"{type(error).__name__}: {_first_line(error)}"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
         raise WeightsError(f"{name} is not a state dict: it should map names to tensors")
-    return {str(key).removeprefix("module."): tensor for key, tensor in found.items()}
+    return {str(key).removeprefix("module."): tensor.detach() for key, tensor in found.items()}
 
 
 def classes_in(state: Mapping[str, Tensor]) -> int | None:
@@ -165,26 +210,26 @@ def classes_in(state: Mapping[str, Tensor]) -> int | None:
 
 
 def has_frozen_norm(state: Mapping[str, Tensor]) -> bool:
-    """Say whether a state dict comes from constants: running statistics count their batches."""
-    return not any(name.endswith("num_batches_tracked") for name in state)
+    """Say whether a state dict's backbone has constants: running statistics count their batches."""
+    return not any(name.startswith(_BODY) and name.endswith(_COUNTER) for name in state)
 
 
 def _random_state(settings: ModelSettings, seed: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed() would seed the GPUs' generators too, for good.
+        torch.default_generator.manual_seed(seed)
         return dict(mask_rcnn(settings).state_dict())
 
 
 def _fitting(settings: ModelSettings, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    model = mask_rcnn(settings)
+    needed = state_shapes(settings)
     # Counters of batches seen mean nothing here, and frozen models have none.
-    needed = model.state_dict()
     kept = {
         key: tensor
-        for key, tensor in state.items()
-        if key in needed or not key.endswith("num_batches_tracked")
+        for key, tensor in ((_new_name(old), tensor) for old, tensor in state.items())
+        if key in needed or not key.endswith(_COUNTER)
     }
-    if problems := shape_problems(model, kept):
+    if problems := shape_problems(needed, kept):
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise WeightsError(
             f"{name} does not fit {settings.arch} with {settings.num_classes} classes (background "
@@ -193,5 +238,21 @@ def _fitting(settings: ModelSettings, state: Mapping[str, Tensor], name: str) ->
     return kept
 
 
+def _new_name(name: str) -> str:
+    layer, dot, kind = name.rpartition(".")
+    return f"{_RENAMED.get(layer, layer)}{dot}{kind}"
+
+
+def _refusal(name: str, message: str) -> str:
+    """Say why torch refused a file. Its own words are advice to run the file's code: not repeated."""
+    found = re.search(r"unsupported global:?(?: GLOBAL)? ([\w.]+)", message, re.IGNORECASE)
+    if found is None:
+        return f"{name} cannot be read as weights: torch.save() did not write it, or it is damaged"
+    return (
+        f"{name} holds more than plain tensors ({found[1]}), and code from a file is never run: save "
+        "it by torch.save(model.state_dict(), FILE)"
+    )
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [""])[0][:200]

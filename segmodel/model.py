@@ -6,7 +6,9 @@ RoIAlign, class and box head, and one binary mask for each instance and class.
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large
 from torchvision.models.detection import (
@@ -19,7 +21,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
 
 from segmodel.settings import ModelSettings
 
@@ -32,33 +35,43 @@ SMALL_CHANNELS = 96
 SMALL_BOX_WIDTH = 192
 SMALL_ANCHORS = (16, 32, 64, 128, 256)
 
+# Image pixels per pixel of the features that RoIAlign reads are 2 to these powers.
+FIRST_POOLED_LEVEL, LAST_POOLED_LEVEL = 2, 5
+
 
 def mask_rcnn(settings: ModelSettings) -> MaskRCNN:
     """Build the network with random weights from torch's global generator.
 
     The detection thresholds are torchvision's; `inference.Predictor` sets its own.
     """
-    sizes = {"min_size": settings.min_size, "max_size": settings.max_size}
+    transform = {
+        "min_size": settings.min_size,
+        "max_size": settings.max_size,
+        "image_mean": list(settings.image_mean),
+        "image_std": list(settings.image_std),
+    }
     match settings.arch:
         case "maskrcnn_resnet50_fpn":
             model = maskrcnn_resnet50_fpn(
-                weights=None, weights_backbone=None, num_classes=settings.num_classes, **sizes
+                weights=None, weights_backbone=None, num_classes=settings.num_classes, **transform
             )
         case "maskrcnn_resnet50_fpn_v2":
             model = maskrcnn_resnet50_fpn_v2(
-                weights=None, weights_backbone=None, num_classes=settings.num_classes, **sizes
+                weights=None, weights_backbone=None, num_classes=settings.num_classes, **transform
             )
         case "small":
-            model = _small(settings.num_classes, **sizes)
+            model = _small(settings.num_classes, transform)
     if settings.norm == "frozen":
         _freeze_batch_norm(model.backbone.body)
     for module in model.backbone.body.modules():
         if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
             module.eps = settings.norm_eps
+    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        _set_scales(pool)
     return model
 
 
-def _small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
+def _small(num_classes: int, transform: Mapping[str, Any]) -> MaskRCNN:
     features = mobilenet_v3_large(
         weights=None, norm_layer=partial(nn.BatchNorm2d, momentum=0.01)
     ).features
@@ -74,8 +87,7 @@ def _small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
     )
     return MaskRCNN(
         backbone,
-        min_size=min_size,
-        max_size=max_size,
+        **transform,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(SMALL_CHANNELS, len(aspect_ratios)),
         box_head=TwoMLPHead(SMALL_CHANNELS * 7 * 7, SMALL_BOX_WIDTH),
@@ -96,9 +108,28 @@ def _freeze_batch_norm(module: nn.Module) -> None:
             _freeze_batch_norm(child)
 
 
-def shape_problems(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Say in words how `state` differs from what `model` needs; an empty list when it fits."""
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _set_scales(pool: MultiScaleRoIAlign) -> None:
+    """Set what the module otherwise infers from the first batch that it sees, and then keeps.
+
+    It compares the height of the features with that of the image before padding: an image that is much
+    lower than the padding's 32 pixels would spoil the results of every image after it.
+    """
+    levels = range(FIRST_POOLED_LEVEL, LAST_POOLED_LEVEL + 1)
+    pool.scales = [2.0**-level for level in levels]
+    pool.map_levels = LevelMapper(
+        FIRST_POOLED_LEVEL, LAST_POOLED_LEVEL, pool.canonical_scale, pool.canonical_level
+    )
+
+
+def state_shapes(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the network's state; no memory is taken, nothing drawn."""
+    with torch.device("meta"):
+        model = mask_rcnn(settings)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def shape_problems(needed: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    """Say in words how `state` differs from what is needed (`state_shapes`); empty when it fits."""
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return [
         *(f"{name} is missing" for name in needed if name not in given),

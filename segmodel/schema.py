@@ -97,14 +97,14 @@ class Detections:
     size_hw: tuple[int, int]
 
     def __post_init__(self) -> None:
-        n = len(self.scores)
+        n = self.scores.size
         expected: list[tuple[str, Any, tuple[int, ...], type]] = [
             ("boxes_xyxy", self.boxes_xyxy, (n, 4), np.float32),
             ("scores", self.scores, (n,), np.float32),
             ("labels", self.labels, (n,), np.int64),
         ]
         if self.mask_probs is not None:
-            m = self.mask_probs.shape[-1]
+            m = self.mask_probs.shape[-1] if self.mask_probs.ndim else 0
             expected.append(("mask_probs", self.mask_probs, (n, m, m), np.float32))
         for name, array, shape, dtype in expected:
             if array.shape != shape or array.dtype != dtype:
@@ -135,22 +135,29 @@ def detection_rows(
     Returns:
         At most N dictionaries with the fields of `DETECTION`.
     """
-    # pycocotools costs a second of import, and only rows need it.
-    from segmodel.masks import areas
-
+    assert rles is None or len(rles) == len(detections)
     x0, y0, x1, y1 = detections.boxes_xyxy.T
-    bboxes = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1)
-    mask_areas = areas(rles) if rles is not None else None
+    # Plain numbers: at the first NumPy value Arrow imports pandas, which takes more than a second.
+    bboxes = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).tolist()
+    scores = detections.scores.tolist()
+    mask_areas = None if rles is None else _areas(rles)
     return [
         {
             "category_id": category.id,
             "category": category.name,
-            "score": detections.scores[i],
+            "score": scores[i],
             "bbox": bboxes[i],
-            "area": mask_areas[i] if mask_areas is not None else None,
+            "area": None if mask_areas is None else mask_areas[i],
             "iscrowd": 0,
-            "segmentation": rles[i] if rles is not None else None,
+            "segmentation": None if rles is None else rles[i],
         }
         for i, label in enumerate(detections.labels.tolist())
         if (category := categories.get(label)) is not None
     ]
+
+
+def _areas(rles: Sequence[Rle]) -> Any:
+    # Imported here: `masks` imports this module, and takes seconds where boxes alone are wanted.
+    from segmodel.masks import areas
+
+    return areas(rles).tolist()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Norm = Literal["batch", "frozen"]
 Architecture = Literal["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "small"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
@@ -42,7 +43,7 @@ class ModelSettings:
     max_size: int
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    norm: Literal["batch", "frozen"] = "batch"
+    norm: Norm = "batch"
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -54,6 +55,12 @@ class ModelSettings:
             raise ValueError(
                 f"min_size ({self.min_size}) must be 32 or more, and at most max_size ({self.max_size})"
             )
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"unknown norm {self.norm!r}: use {' or '.join(get_args(Norm))}")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must be 0 or more, not {self.norm_eps}")
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"image_std must be more than 0, not {self.image_std}")
 
 
 def network_size(settings: ModelSettings, size_hw: tuple[int, int]) -> tuple[int, int]:

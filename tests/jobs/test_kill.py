@@ -1,0 +1,128 @@
+"""Processes that are killed: the driver at random moments, an actor at work. Nothing is lost or doubled."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from segmodel import scenes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+IMAGES, CHUNK_SIZE = 60, 4
+KILLS = 5
+DEADLINE_S = 180
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(IMAGES):
+        Image.fromarray(scenes.scene(number, (96, 128)).image).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def start(photos: Path, output: Path, model: Path) -> "subprocess.Popen[bytes]":
+    """Start the command line in a process of its own, on the tests' Ray."""
+    arguments = [
+        *(sys.executable, "-m", "jobs", "predict", "--input", str(photos), "--output", str(output)),
+        *("--model", str(model), "--chunk-size", str(CHUNK_SIZE), "--max-actors", "1"),
+        *("--score-threshold", "0", "--max-detections", "4"),
+        *("--address", ray.get_runtime_context().gcs_address),
+    ]
+    log = output.with_suffix(".log").open("ab")
+    return subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+
+
+def finished(output: Path) -> int:
+    return len(list((output / "predictions").glob("[0-9]*.parquet")))
+
+
+def wait(process: "subprocess.Popen[bytes]", output: Path) -> None:
+    code = process.wait(DEADLINE_S)
+    assert code == 0, output.with_suffix(".log").read_text()
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return sorted(
+        pq.read_table(output / "predictions").to_pylist(), key=lambda row: row["image_id"]
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_local: Any, photos: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    wait(start(photos, output, tiny_bundle), output)
+    return rows_of(output)
+
+
+def wait_for_chunks(process: "subprocess.Popen[bytes]", output: Path, chunks: int) -> None:
+    """Wait until so many chunks are finished, or the job is."""
+    deadline = time.monotonic() + DEADLINE_S
+    while finished(output) < chunks and process.poll() is None:
+        assert time.monotonic() < deadline, output.with_suffix(".log").read_text()
+        time.sleep(0.02)
+
+
+def test_a_driver_killed_at_random_moments_loses_nothing(
+    undisturbed: list[dict[str, Any]], photos: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(20261123)
+    output = tmp_path / "out"
+    progress = []
+    for _ in range(KILLS):
+        process = start(photos, output, tiny_bundle)
+        # Some die before their first chunk, while they plan or wait for the actor; most amid the work.
+        more = int(rng.integers(0, 4))
+        if more:
+            wait_for_chunks(process, output, finished(output) + more)
+        time.sleep(rng.uniform(0.5, 3) if more == 0 else rng.uniform(0, 0.5))
+        assert process.poll() is None, "the job was done before it could be killed: more images"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        progress.append(finished(output))
+        assert not (output / "_SUCCESS").exists()
+    wait(start(photos, output, tiny_bundle), output)
+
+    assert 0 < progress[-1] < IMAGES / CHUNK_SIZE
+    assert (output / "_SUCCESS").exists()
+    rows = rows_of(output)
+    assert len(rows) == len({row["image_id"] for row in rows}) == IMAGES
+    assert rows == undisturbed
+
+
+def test_an_actor_killed_at_work_costs_nothing(
+    undisturbed: list[dict[str, Any]], photos: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = start(photos, output, tiny_bundle)
+    killed = []
+    for chunks in (1, 6):
+        wait_for_chunks(process, output, chunks)
+        assert process.poll() is None, "the job was done before its actor could be killed"
+        actors = [
+            found
+            for found in psutil.process_iter(["cmdline"])
+            if "MapBatches(Predict)" in " ".join(found.info["cmdline"] or [])
+        ]
+        assert actors
+        for actor in actors:
+            actor.kill()
+            killed.append(actor.pid)
+    wait(process, output)
+    assert len(set(killed)) >= 2
+    rows = rows_of(output)
+    assert len(rows) == len({row["image_id"] for row in rows}) == IMAGES
+    assert rows == undisturbed
