@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
@@ -127,9 +127,9 @@ def _listing(uri: str, endpoint_url: str | None) -> tuple[Store, pa.Table]:
     return store, pa.concat_tables(batches or [OBJECTS.empty_table()]).combine_chunks()
 
 
-def object_table(objects: Iterable[ObjectInfo]) -> pa.Table:
+def object_table(objects: Sequence[ObjectInfo]) -> pa.Table:
     """Return objects as a table of `OBJECTS`."""
-    columns = list(zip(*((found.path, found.size, found.etag) for found in objects), strict=True))
+    columns = [[getattr(found, name) for found in objects] for name in OBJECTS.names]
     return pa.table(columns, schema=OBJECTS)
 
 

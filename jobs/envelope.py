@@ -8,6 +8,7 @@ row, with `batch_size=1`, and a chunk reaches its output object as it was read.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 
 ENVELOPE = pa.schema(
@@ -63,11 +64,18 @@ def unseal(block: pa.Table) -> Envelope:
     """
     assert block.num_rows == 1, f"a block of {block.num_rows} chunks"
     row = block.drop_columns("table").to_pylist()[0]
-    payload = block["table"][0].as_buffer()
     positions = row["positions"]
     return Envelope(
         chunk_id=row["chunk_id"],
         positions=None if positions is None else tuple(positions),
         seconds=dict(row["seconds"]),
-        table=pa.ipc.open_stream(payload).read_all(),
+        table=pa.ipc.open_stream(_payload(block["table"])).read_all(),
     )
+
+
+def _payload(column: pa.ChunkedArray) -> pa.Buffer:
+    """Return the one value of a column as a view; a scalar of pyarrow would hold a copy."""
+    (cells,) = (chunk for chunk in column.chunks if len(chunk))
+    _, offsets, data = cells.buffers()
+    start, stop = np.frombuffer(offsets, np.int64)[cells.offset : cells.offset + 2]
+    return data.slice(start, stop - start)

@@ -10,11 +10,16 @@ from functools import cache
 from typing import Any
 
 import boto3
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 from jobs.storage import Store, open_store
+
+# No test asserts a time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ImageMaker = Callable[..., bytes]
 TarMaker = Callable[..., bytes]
@@ -144,14 +149,14 @@ def png(picture: Callable[..., Image.Image]) -> ImageMaker:
 
 @pytest.fixture(scope="session")
 def make_tar() -> TarMaker:
-    """`make_tar(members, format)`: bytes of a tar of (name, content) pairs or `TarInfo`s."""
+    """`make_tar(members, format_)`: bytes of a tar of (name, content) pairs or `TarInfo`s."""
 
     def make(
-        members: Iterable[tuple[str, bytes] | tarfile.TarInfo], format: int = tarfile.GNU_FORMAT
+        members: Iterable[tuple[str, bytes] | tarfile.TarInfo], format_: int = tarfile.GNU_FORMAT
     ) -> bytes:
         file = io.BytesIO()
         with tarfile.open(
-            fileobj=file, mode="w", format=format, encoding="utf-8", errors="surrogateescape"
+            fileobj=file, mode="w", format=format_, encoding="utf-8", errors="surrogateescape"
         ) as archive:
             for member in members:
                 if isinstance(member, tarfile.TarInfo):
@@ -165,7 +170,7 @@ def make_tar() -> TarMaker:
     return make
 
 
-def _saved(image: Image.Image, format: str, **options: Any) -> bytes:
+def _saved(image: Image.Image, codec: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, format, **options)
+    image.save(file, codec, **options)
     return file.getvalue()

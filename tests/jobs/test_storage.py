@@ -195,9 +195,7 @@ def test_one_of_sixteen_puts_wins(place: Store) -> None:
     for race in range(5):
         start = threading.Barrier(16)
 
-        def put(
-            number: int, path: str = f"lease-{race}", start: threading.Barrier = start
-        ) -> bool:
+        def put(number: int, path: str = f"lease-{race}", start: threading.Barrier = start) -> bool:
             start.wait()
             return place.put_if_absent(path, str(number).encode())
 

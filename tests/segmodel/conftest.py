@@ -1,7 +1,6 @@
 """Bundles of random weights that find many different things, and images to find them in."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from segmodel.bundle import Bundle
-from segmodel.initial import numbered_categories, random_bundle
+from segmodel.initial import numbered_categories
 from segmodel.model import mask_rcnn
 from segmodel.settings import Architecture, ModelSettings
 
@@ -37,15 +36,16 @@ def _enliven(model: MaskRCNN) -> None:
     for module in model.backbone.body.train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    blotches = functional.interpolate(torch.randn(4, 3, 5, 5), (96, 96)) + torch.randn(4, 3, 96, 96) / 4
-    sizes = [(96, 96)] * 4
-    model.backbone(blotches)
+    blotches = functional.interpolate(torch.randn(16, 3, 5, 5), (96, 96))
+    blotches += torch.randn(16, 3, 96, 96) / 4
+    model.backbone.body(blotches)
     model.eval()
-    features = model.backbone(blotches)
+    features = model.backbone(blotches[:2])
+    sizes = [(96, 96)] * 2
     hidden = model.rpn.head.conv(features["0"])
     _spread(model.rpn.head.cls_logits, hidden, 2)
     _spread(model.rpn.head.bbox_pred, hidden, 0.3)
-    proposals, _ = model.rpn(ImageList(blotches, sizes), features)
+    proposals, _ = model.rpn(ImageList(blotches[:2], sizes), features)
     rois = [boxes[::20] for boxes in proposals]
     heads = model.roi_heads
     box_hidden = heads.box_head(heads.box_roi_pool(features, rois, sizes))
@@ -67,27 +67,45 @@ def _spread(layer: nn.Linear | nn.Conv2d, inputs: Tensor, std: float) -> None:
 
 
 @cache
-def _lively(arch: Architecture, num_classes: int, min_size: int, max_size: int) -> Bundle:
-    settings = ModelSettings(
-        arch=arch, num_classes=num_classes, min_size=min_size, max_size=max_size
-    )
+def _lively_weights(arch: Architecture, num_classes: int) -> Mapping[str, Tensor]:
+    settings = ModelSettings(arch=arch, num_classes=num_classes, min_size=64, max_size=96)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(len(arch))
+        torch.default_generator.manual_seed(0)
         model = mask_rcnn(settings).eval()
         _enliven(model)
-    bundle = random_bundle(settings, CATEGORIES[: num_classes - 1], seed=0)
-    return replace(bundle, weights=model.state_dict(), score_threshold=0.02, digest="")
+    return dict(model.state_dict())
 
 
 @pytest.fixture(scope="session")
 def lively() -> MakeBundle:
-    """A function (arch, num_classes, min_size, max_size) to a bundle that finds many things."""
-    return _lively
+    """`lively(arch, num_classes, min_size, max_size)`: a bundle that finds many things."""
+
+    def make(arch: Architecture, num_classes: int, min_size: int, max_size: int) -> Bundle:
+        return Bundle(
+            settings=ModelSettings(
+                arch=arch, num_classes=num_classes, min_size=min_size, max_size=max_size
+            ),
+            categories=CATEGORIES[: num_classes - 1],
+            weights=_lively_weights(arch, num_classes),
+            score_threshold=0.02,
+            max_detections=40,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where cores are shared, two threads wait for one another longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def image() -> MakeImage:
-    """A function (height, width, seed) to an image of coloured blocks, noise over them."""
+    """`image(height, width, seed)`: an image of coloured blocks, noise over them."""
 
     def make(height: int, width: int, seed: int = 0) -> Any:
         rng = np.random.default_rng((seed, height, width))

@@ -1,0 +1,236 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import write
+from jobs.storage import Store, open_store
+from jobs.write import Counts, IncompleteError
+from segmodel.schema import PREDICTIONS, SCHEMA_VERSION
+
+CAT = {
+    "category_id": 17,
+    "category": "cat",
+    "score": 0.5,
+    "bbox": [1.0, 2.0, 3.0, 4.0],
+    "area": 5.0,
+    "iscrowd": 0,
+    "segmentation": {"size": [10, 20], "counts": "abc"},
+}
+
+
+def row(key: str, error: str | None = None, detections: int = 0) -> dict[str, Any]:
+    return {
+        "image_id": f"a.tar#{key}",
+        "shard": "a.tar",
+        "key": key,
+        "height": None if error else 10,
+        "width": None if error else 20,
+        "status": "error" if error else "ok",
+        "error": error,
+        "detections": [CAT] * detections,
+    }
+
+
+def table(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=PREDICTIONS)
+
+
+ROWS = [
+    row("a", detections=2),
+    row("b", error="missing: gone: s3://x"),
+    row("c"),
+    row("d", error="truncated: cut"),
+    row("e", error="missing: gone"),
+]
+COUNTS = Counts(images=5, detections=2, errors={"missing": 2, "truncated": 1})
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "s3":
+        return request.getfixturevalue("bucket").store("out")
+    return open_store(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "out"))
+
+
+def test_a_chunk_is_one_object(output: Store) -> None:
+    counts = write.put_chunk(output, "00000003", table(*ROWS), {"run_id": "r", "model_digest": "m"})
+    assert counts == COUNTS
+    assert counts.failed == 3
+    (info,) = output.list_objects()
+    assert info.path == "predictions/00000003.parquet"
+    found = write.read_chunk(output, "00000003")
+    assert found.schema.equals(PREDICTIONS)
+    assert found.to_pylist() == table(*ROWS).to_pylist()
+    assert [field.nullable for field in found.schema] == [field.nullable for field in PREDICTIONS]
+    assert write.read_counts(output, ["00000003"]) == {"00000003": COUNTS}
+
+
+def test_the_footer_says_what_it_is(local: Store) -> None:
+    write.put_chunk(local, "1", table(*ROWS), {"run_id": "ü", "model_digest": "m"})
+    footer = pq.read_metadata(io.BytesIO(local.read("predictions/1.parquet")))
+    facts = {key.decode(): value.decode() for key, value in footer.metadata.items()}
+    assert facts.pop("ARROW:schema")
+    assert json.loads(facts.pop("segjobs.counts")) == {
+        "images": 5,
+        "detections": 2,
+        "errors": {"missing": 2, "truncated": 1},
+    }
+    assert facts == {
+        "segjobs.schema_version": SCHEMA_VERSION,
+        "segjobs.run_id": "ü",
+        "segjobs.model_digest": "m",
+    }
+    column = footer.row_group(0).column(0)
+    assert column.compression == "ZSTD"
+
+
+def test_the_same_rows_give_the_same_object(local: Store) -> None:
+    objects = set()
+    for _ in range(2):
+        write.put_chunk(local, "1", table(*ROWS), {"run_id": "r"})
+        objects.add(local.read("predictions/1.parquet"))
+    assert len(objects) == 1
+
+
+def test_chunks_without_detections_read_together_with_others(local: Store) -> None:
+    write.put_chunk(local, "1", table(row("a"), row("b", error="empty: nothing")), {})
+    write.put_chunk(local, "2", table(row("c", detections=1)), {})
+    empty = write.read_chunk(local, "1")
+    assert empty.schema.field("detections").type.equals(PREDICTIONS.field("detections").type)
+    assert empty["detections"].to_pylist() == [[], []]
+    both = pa.concat_tables([empty, write.read_chunk(local, "2")], promote_options="none")
+    assert both.num_rows == 3
+    paths = [f"{local.uri}/predictions/{name}.parquet" for name in "12"]
+    assert pq.read_table(paths).num_rows == 3
+
+
+def test_another_schema_is_our_mistake(local: Store) -> None:
+    for wrong in (
+        table(*ROWS).drop_columns("error"),
+        table(*ROWS).set_column(3, "height", pa.array([1] * 5, pa.int64())),
+    ):
+        with pytest.raises(AssertionError):
+            write.put_chunk(local, "1", wrong, {})
+    assert list(local.list_objects()) == []
+
+
+def test_a_flipped_byte_is_noticed(local: Store) -> None:
+    write.put_chunk(local, "1", table(*(row(f"{n}", detections=2) for n in range(20))), {})
+    path = "predictions/1.parquet"
+    data = local.read(path)
+    footer = pq.read_metadata(io.BytesIO(data)).row_group(0)
+    for number in range(footer.num_columns):
+        column = footer.column(number)
+        start = column.dictionary_page_offset or column.data_page_offset
+        at = start + column.total_compressed_size - 1
+        local.put(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(OSError, match="CRC checksum verification failed"):
+            write.read_chunk(local, "1")
+    local.put(path, data)
+    assert write.read_chunk(local, "1").num_rows == 20
+
+
+def test_rows_are_replaced_where_they_stand(output: Store) -> None:
+    write.put_chunk(output, "1", table(*ROWS), {"run_id": "old"})
+    new = table(row("e", detections=1), row("b"))
+    rows = write.replace_rows(output, "1", new, (4, 1))
+    assert rows.schema.equals(PREDICTIONS)
+    assert [(r["key"], r["status"]) for r in rows.to_pylist()] == [
+        ("a", "ok"),
+        ("b", "ok"),
+        ("c", "ok"),
+        ("d", "error"),
+        ("e", "ok"),
+    ]
+    assert len(rows["detections"][4]) == 1
+    # They can be written again.
+    counts = write.put_chunk(output, "1", rows, {"run_id": "new"})
+    assert counts == Counts(images=5, detections=3, errors={"truncated": 1})
+    assert write.failed_positions(output, ["1"]) == {"1": (3,)}
+
+
+def test_failed_positions(local: Store) -> None:
+    write.put_chunk(local, "1", table(*ROWS), {})
+    write.put_chunk(local, "2", table(row("a")), {})
+    assert write.failed_positions(local, ["1", "2"]) == {"1": (1, 3, 4)}
+    assert write.failed_positions(local, []) == {}
+
+
+def test_some_columns_of_a_chunk(local: Store) -> None:
+    write.put_chunk(local, "1", table(*ROWS), {})
+    assert write.read_chunk(local, "1", ["key", "status"]).column_names == ["key", "status"]
+
+
+def test_counts() -> None:
+    assert write.count(table(*ROWS)) == COUNTS
+    assert write.count(table()) == Counts(images=0, detections=0, errors={})
+    assert write.total([COUNTS, Counts(images=1, detections=3, errors={"empty": 1, "missing": 1})]) == (
+        Counts(images=6, detections=5, errors={"missing": 3, "truncated": 1, "empty": 1})
+    )
+    assert write.total([]) == Counts(images=0, detections=0, errors={})
+
+
+def test_counts_of_a_chunk_that_is_gone(output: Store) -> None:
+    write.put_chunk(output, "1", table(*ROWS), {})
+    with pytest.raises(IncompleteError, match="is gone: run the same command again") as caught:
+        write.read_counts(output, ["1", "2"])
+    assert output.url("predictions/2.parquet") in str(caught.value)
+
+
+def test_a_footer_that_lies_is_not_believed(local: Store) -> None:
+    facts = {"segjobs.counts": json.dumps({"images": 9, "detections": 0, "errors": {}})}
+    sink = io.BytesIO()
+    pq.write_table(table(*ROWS).replace_schema_metadata(facts), sink)
+    local.put("predictions/1.parquet", sink.getvalue())
+    with pytest.raises(AssertionError):
+        write.read_counts(local, ["1"])
+
+
+def ok(images: int) -> Counts:
+    return Counts(images=images, detections=1, errors={})
+
+
+def test_finish_adds_up(local: Store) -> None:
+    found = {"0": ok(3), "1": ok(2)}
+    assert write.finish(local, {"0": 3, "1": 2}, found) == Counts(images=5, detections=2, errors={})
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"0": ok(3)}, r"1 chunks of .*out lack rows \(1: 0 of 2\)"),
+        ({"0": ok(3), "1": ok(1)}, r"1 chunks of .* \(1: 1 of 2\)"),
+        ({"0": ok(3), "1": ok(3)}, r"1 chunks of .* \(1: 3 of 2\)"),
+        ({}, r"2 chunks of .* \(0: 0 of 3, 1: 0 of 2\)"),
+    ],
+)
+def test_finish_refuses_what_is_not_there(
+    local: Store, found: dict[str, Counts], words: str
+) -> None:
+    with pytest.raises(IncompleteError, match=words):
+        write.finish(local, {"0": 3, "1": 2}, found)
+
+
+def test_marks(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    put = type(local).put
+
+    def noted(self: Store, path: str, data: bytes) -> None:
+        order.append(path)
+        put(self, path, data)
+
+    monkeypatch.setattr(type(local), "put", noted)
+    write.put_marks(local, {"counts": {"images": 1}, "name": "ü"})
+    assert order == ["_manifest.json", "_SUCCESS"]
+    assert json.loads(local.read("_manifest.json")) == {"counts": {"images": 1}, "name": "ü"}
+    assert local.read("_SUCCESS") == b""

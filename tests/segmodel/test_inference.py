@@ -1,0 +1,392 @@
+"""The predictor against torchvision's own models, and against itself in other company."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco
+import pytest
+import torch
+from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
+from torchvision.ops import box_iou
+
+from segmodel import masks
+from segmodel.bundle import Bundle
+from segmodel.inference import LOOK_AHEAD_BATCHES, Image, Predictor
+from segmodel.model import mask_rcnn
+from segmodel.schema import Detections, Rle
+from segmodel.settings import Precision
+
+MakeBundle = Callable[..., Bundle]
+MakeImage = Callable[..., Image]
+
+# Landscape, portrait, smaller than the network's input, one pixel, and extremes: (2, 96) and (96, 2)
+# are what the network sees of the last two. An ordinary one comes first: from the first image that it
+# sees torchvision infers RoIAlign's scales, of extreme ones wrongly.
+SIZES = [(90, 120), (150, 101), (7, 9), (1, 1), (20, 700), (700, 20)]
+# Mixed sizes, of which several share a padded size.
+MIXED = [(90, 120), (64, 64), (91, 122), (150, 101), (300, 10), (92, 121), (65, 64), (88, 119)]
+
+
+@pytest.fixture(scope="module")
+def small(lively: MakeBundle) -> Bundle:
+    return lively("small", 4, 64, 96)
+
+
+@pytest.fixture(scope="module")
+def predictor(small: Bundle) -> Predictor:
+    return Predictor(small, "cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(predictor: Predictor, image: MakeImage) -> list[Detections]:
+    """What is found in each image of `MIXED` alone."""
+    return [predictor.predict([image(*size)])[0] for size in MIXED]
+
+
+def torchvision_model(bundle: Bundle) -> MaskRCNN:
+    """Return torchvision's model of a bundle's weights; for `small` its module, without our predictor."""
+    settings = bundle.settings
+    options = {
+        "num_classes": settings.num_classes,
+        "min_size": settings.min_size,
+        "max_size": settings.max_size,
+        "box_score_thresh": bundle.score_threshold,
+        "box_detections_per_img": bundle.max_detections,
+    }
+    match settings.arch:
+        case "maskrcnn_resnet50_fpn":
+            model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **options)
+        case "maskrcnn_resnet50_fpn_v2":
+            model = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **options)
+        case "small":
+            model = mask_rcnn(settings)
+            model.roi_heads.score_thresh = bundle.score_threshold
+            model.roi_heads.detections_per_img = bundle.max_detections
+    model.load_state_dict(dict(bundle.weights))
+    return model.eval()
+
+
+def run(model: MaskRCNN, image: Image) -> dict[str, Any]:
+    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
+    with torch.inference_mode():
+        found = model([pixels])[0]
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def encoded(binary: Any) -> list[Rle]:
+    rles = coco.encode(np.asfortranarray(binary[:, 0].transpose(1, 2, 0).astype(np.uint8)))
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+
+
+def assert_as_torchvision(found: Detections, expected: dict[str, Any]) -> None:
+    assert np.array_equal(found.boxes_xyxy, expected["boxes"])
+    assert np.array_equal(found.scores, expected["scores"])
+    assert np.array_equal(found.labels, expected["labels"])
+    assert found.mask_probs is not None
+    rles = masks.encode(found.mask_probs, found.boxes_xyxy, found.size_hw)
+    assert rles == encoded(expected["masks"] > 0.5)
+
+
+def assert_equal(found: Detections, expected: Detections) -> None:
+    assert found.size_hw == expected.size_hw
+    for name in ("boxes_xyxy", "scores", "labels", "mask_probs"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+
+
+def assert_close(found: Detections, expected: Detections) -> None:
+    """Sums of another order differ in the last bits, and so do boxes, by less than a 1000th pixel."""
+    assert found.size_hw == expected.size_hw
+    assert np.array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(found.boxes_xyxy, expected.boxes_xyxy, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.mask_probs, expected.mask_probs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "network_hw", "sizes"),
+    [
+        ("small", (64, 96), SIZES),
+        ("maskrcnn_resnet50_fpn", (64, 96), SIZES),
+        ("maskrcnn_resnet50_fpn_v2", (32, 64), SIZES[:2]),
+    ],
+)
+def test_agrees_exactly_with_torchvision(
+    lively: MakeBundle,
+    image: MakeImage,
+    arch: str,
+    network_hw: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+) -> None:
+    bundle = lively(arch, 4, *network_hw)
+    predictor, model = Predictor(bundle, "cpu"), torchvision_model(bundle)
+    labels: set[int] = set()
+    for size in sizes:
+        found = predictor.predict([image(*size)])[0]
+        assert_as_torchvision(found, run(model, image(*size)))
+        assert len(found) >= (bundle.max_detections if min(size) > 50 else 5)
+        labels.update(found.labels.tolist())
+    assert labels == {1, 2, 3}
+
+
+def test_agrees_exactly_with_torchvision_at_full_size(lively: MakeBundle, image: MakeImage) -> None:
+    bundle = lively("maskrcnn_resnet50_fpn", 4, 800, 1333)
+    found = Predictor(bundle, "cpu").predict([image(480, 640)])[0]
+    assert len(found) == bundle.max_detections
+    assert_as_torchvision(found, run(torchvision_model(bundle), image(480, 640)))
+
+
+def test_agrees_exactly_with_torchvision_of_another_normalisation(
+    small: Bundle, image: MakeImage
+) -> None:
+    settings = replace(small.settings, image_mean=(0.3, 0.4, 0.6), image_std=(0.5, 0.25, 0.2))
+    other = replace(small, settings=settings, digest="")
+    found = Predictor(other, "cpu").predict([image(90, 120)])[0]
+    model = torchvision_model(other)
+    model.transform.image_mean, model.transform.image_std = [0.3, 0.4, 0.6], [0.5, 0.25, 0.2]
+    assert_as_torchvision(found, run(model, image(90, 120)))
+    assert not np.array_equal(
+        found.boxes_xyxy, Predictor(small, "cpu").predict([image(90, 120)])[0].boxes_xyxy
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 3000)])
+def test_an_image_of_any_shape_has_boxes_within_it(
+    predictor: Predictor, image: MakeImage, size: tuple[int, int]
+) -> None:
+    found = predictor.predict([image(*size)])[0]
+    assert len(found) >= 5
+    assert found.size_hw == size
+    assert (found.boxes_xyxy >= 0).all()
+    # A box that ends with the image may do so with the error of one multiplication.
+    limits = np.array([size[1], size[0]] * 2, np.float32) * np.float32(1 + 1e-6)
+    assert (found.boxes_xyxy <= limits).all()
+    assert (found.boxes_xyxy[:, 2:] > found.boxes_xyxy[:, :2]).all()
+    assert (np.diff(found.scores) <= 0).all()
+    assert found.mask_probs is not None
+    assert len(masks.encode(found.mask_probs, found.boxes_xyxy, size)) == len(found)
+
+
+@pytest.mark.parametrize("first", [(10, 300), (1, 3000), (300, 10)])
+def test_the_first_image_does_not_shape_what_follows(
+    small: Bundle, alone: list[Detections], image: MakeImage, first: tuple[int, int]
+) -> None:
+    predictor = Predictor(small, "cpu")
+    predictor.predict([image(*first)])
+    assert_equal(predictor.predict([image(*MIXED[0])])[0], alone[0])
+
+
+def test_a_batch_of_one_is_bit_equal_in_any_company(
+    predictor: Predictor, alone: list[Detections], image: MakeImage
+) -> None:
+    found = predictor.predict([image(*size) for size in reversed(MIXED)])
+    for together, expected in zip(reversed(found), alone, strict=True):
+        assert_equal(together, expected)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_batch_mates_change_nothing_but_roundings(
+    small: Bundle, alone: list[Detections], image: MakeImage, batch_size: int
+) -> None:
+    predictor = Predictor(small, "cpu", batch_size=batch_size)
+    shapes = []
+    predictor.model.backbone.register_forward_pre_hook(
+        lambda _module, inputs: shapes.append(inputs[0].shape)
+    )
+    found = predictor.predict([image(*size) for size in MIXED])
+    for together, expected in zip(found, alone, strict=True):
+        assert_close(together, expected)
+    # Images of different sizes did share batches, which kept to their size.
+    assert len(shapes) < len(MIXED)
+    assert sum(shape[0] for shape in shapes) == len(MIXED)
+    assert 2 <= max(shape[0] for shape in shapes) <= batch_size
+
+
+def test_stream_takes_images_only_as_it_needs_them(small: Bundle, image: MakeImage) -> None:
+    taken: list[int] = []
+
+    def images() -> Iterator[tuple[int, Image]]:
+        for number in range(100, 120):
+            taken.append(number)
+            yield number, image(64 + number % 2, 64)
+
+    stream = Predictor(small, "cpu").stream(images())
+    assert next(stream)[0] == 100
+    assert taken == [100]
+    assert next(stream)[0] == 101
+    assert taken == [100, 101]
+    taken.clear()
+    # 64 and 65 rows are padded alike, so the first four make the first batch of four.
+    numbers = [number for number, _ in Predictor(small, "cpu", batch_size=4).stream(images())]
+    assert numbers == taken == list(range(100, 120))
+
+
+def test_stream_holds_four_batches_at_most(small: Bundle, image: MakeImage) -> None:
+    taken = 0
+
+    def images() -> Iterator[tuple[int, Image]]:
+        nonlocal taken
+        # Each is padded to another size, up to a ratio of 1 : 10.
+        for number, length in enumerate([*range(64, 640, 48), *range(64, 640, 48)]):
+            taken += 1
+            yield number, image(64, length) if number < 12 else image(length, 64)
+
+    stream = Predictor(small, "cpu", batch_size=2, masks=False).stream(images())
+    given = 0
+    for _ in stream:
+        given += 1
+        assert taken - given <= 2 * LOOK_AHEAD_BATCHES
+    assert given == taken == 24
+
+
+def test_two_threads_find_what_one_finds(
+    predictor: Predictor, alone: list[Detections], image: MakeImage
+) -> None:
+    images = [image(*size) for size in MIXED]
+    start = threading.Barrier(2)
+
+    def predict(order: Sequence[int]) -> list[Detections]:
+        start.wait()
+        return predictor.predict([images[n] for n in order])
+
+    orders = [range(len(MIXED)), range(len(MIXED) - 1, -1, -1)]
+    with ThreadPoolExecutor(2) as threads:
+        for order, found in zip(orders, threads.map(predict, orders), strict=True):
+            for n, detections in zip(order, found, strict=True):
+                assert_equal(detections, alone[n])
+
+
+def test_no_images_give_no_detections(predictor: Predictor) -> None:
+    assert predictor.predict([]) == []
+
+
+def test_nothing_found_is_empty_arrays(small: Bundle, image: MakeImage) -> None:
+    predictor = Predictor(small, "cpu", score_threshold=1.0)
+    found = predictor.predict([image(64, 64), image(70, 64)])[1]
+    assert len(found) == 0
+    assert found.mask_probs is not None
+    assert found.mask_probs.shape == (0, 28, 28)
+    assert masks.encode(found.mask_probs, found.boxes_xyxy, found.size_hw) == []
+
+
+def test_boxes_alone_are_the_same_boxes(
+    small: Bundle, alone: list[Detections], image: MakeImage
+) -> None:
+    found = Predictor(small, "cpu", masks=False).predict([image(*MIXED[0])])[0]
+    assert found.mask_probs is None
+    assert_equal(found, replace(alone[0], mask_probs=None))
+
+
+def test_max_detections_keeps_the_best(
+    small: Bundle, alone: list[Detections], image: MakeImage
+) -> None:
+    assert len(alone[0]) == small.max_detections
+    found = Predictor(small, "cpu", max_detections=7).predict([image(*MIXED[0])])[0]
+    assert len(found) == 7
+    assert np.array_equal(found.boxes_xyxy, alone[0].boxes_xyxy[:7])
+    assert np.array_equal(found.labels, alone[0].labels[:7])
+
+
+def test_score_threshold_drops_the_worst(
+    small: Bundle, alone: list[Detections], image: MakeImage
+) -> None:
+    threshold = float(np.median(alone[0].scores))
+    kept = int((alone[0].scores > threshold).sum())
+    assert 0 < kept < len(alone[0])
+    found = Predictor(small, "cpu", score_threshold=threshold).predict([image(*MIXED[0])])[0]
+    assert np.array_equal(found.scores, alone[0].scores[:kept])
+    assert np.array_equal(found.boxes_xyxy, alone[0].boxes_xyxy[:kept])
+
+
+def test_a_threshold_of_zero_is_not_the_bundles(small: Bundle, image: MakeImage) -> None:
+    strict = replace(small, score_threshold=1.0, digest="")
+    assert len(Predictor(strict, "cpu").predict([image(64, 64)])[0]) == 0
+    assert len(Predictor(strict, "cpu", score_threshold=0).predict([image(64, 64)])[0]) > 0
+
+
+def test_auto_precision_is_fp32(small: Bundle, alone: list[Detections], image: MakeImage) -> None:
+    found = Predictor(small, "cpu", "fp32").predict([image(*MIXED[0])])[0]
+    assert_equal(found, alone[0])
+
+
+def matched(found: Detections, expected: Detections) -> float:
+    """Return the share of `expected` that `found` has too: same label, IoU over 0.5, score within 0.1."""
+    ious = box_iou(torch.from_numpy(expected.boxes_xyxy), torch.from_numpy(found.boxes_xyxy)).numpy()
+    same = expected.labels[:, None] == found.labels
+    near = np.abs(expected.scores[:, None] - found.scores) < 0.1
+    return float((same & near & (ious > 0.5)).any(axis=1).mean())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close(
+    small: Bundle, alone: list[Detections], image: MakeImage, precision: Precision
+) -> None:
+    found = Predictor(small, "cpu", precision, max_detections=100).predict(
+        [image(*size) for size in MIXED]
+    )
+    print(precision, [matched(one, e) for one, e in zip(found, alone, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8': use auto, fp32, bf16, fp16"),
+        ({"batch_size": 0}, r"batch_size \(0\) and max_detections \(40\) must be 1 or more"),
+        ({"max_detections": 0}, r"max_detections \(0\) must be 1 or more"),
+    ],
+)
+def test_refuses_what_it_cannot_do(small: Bundle, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(small, "cpu", **options)
+
+
+@pytest.mark.parametrize(
+    "no_image",
+    [
+        np.zeros((5, 5), np.uint8),
+        np.zeros((5, 5, 4), np.uint8),
+        np.zeros((3, 5, 5), np.uint8),
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((5, 5, 3), np.float32),
+    ],
+    ids=["grey", "rgba", "channels first", "empty", "float"],
+)
+def test_refuses_what_is_no_image(predictor: Predictor, no_image: Any) -> None:
+    with pytest.raises(ValueError, match=r"an image must be \(H, W, 3\) uint8, not"):
+        predictor.predict([no_image])
+
+
+def test_memory_layout_does_not_matter(predictor: Predictor, image: MakeImage) -> None:
+    plain = image(40, 50)
+    expected = predictor.predict([plain])[0]
+    read_only = plain.copy()
+    read_only.flags.writeable = False
+    flipped = np.ascontiguousarray(plain[::-1, ::-1])[::-1, ::-1]
+    transposed = np.ascontiguousarray(plain.transpose(1, 0, 2)).transpose(1, 0, 2)
+    for found in predictor.predict([read_only, flipped, transposed]):
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [(40, 50), (1, 1)])
+def test_images_stay_as_they_are(
+    predictor: Predictor, image: MakeImage, size: tuple[int, int]
+) -> None:
+    pixels = image(*size)
+    predictor.predict([pixels])
+    assert np.array_equal(pixels, image(*size))
+
+
+def test_the_callers_random_numbers_stay_as_they_are(small: Bundle) -> None:
+    before = torch.random.get_rng_state()
+    Predictor(small, "cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_device_auto_is_the_cpu_where_there_is_no_gpu(
+    small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Predictor(small).device == torch.device("cpu")
