@@ -13,6 +13,7 @@ from jobs.config import (
     ConfigError,
     DemoConfig,
     InitConfig,
+    PackConfig,
     Parser,
     PredictConfig,
     StatusConfig,
@@ -25,6 +26,7 @@ VERBS: dict[str, type[Any]] = {
     "predict": PredictConfig,
     "status": StatusConfig,
     "init": InitConfig,
+    "pack": PackConfig,
     "demo": DemoConfig,
 }
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-PREDICTIONS_FOLDER = "predictions"
+PREDICTIONS_FOLDER, SHARDS_FOLDER = "predictions", "shards"
 
 Kind = Literal["tar", "parquet", "objects", "uris", "verdict"]
 
@@ -68,15 +68,10 @@ class Chunk:
     key: str = ""
     error: str | None = None
 
-    @property
-    def output_path(self) -> str:
-        """Where its rows go, relative to the output."""
-        return output_path(self.chunk_id)
 
-
-def output_path(chunk_id: str) -> str:
+def output_path(chunk_id: str, folder: str = PREDICTIONS_FOLDER) -> str:
     """Return where a chunk's rows go, relative to the output."""
-    return f"{PREDICTIONS_FOLDER}/{chunk_id}.parquet"
+    return f"{folder}/{chunk_id}.parquet"
 
 
 def to_table(chunks: Iterable[Chunk]) -> pa.Table:

@@ -134,11 +134,10 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         _check("min_size", self.min_size, lambda v: v >= 32, "32 or more")
+        _check("max_size", self.max_size, lambda v: v >= 32, "32 or more")
         _check("norm_eps", self.norm_eps, lambda v: v >= 0, "0 or more")
         _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
-        for name in ("max_detections", "min_size", "max_size"):
-            _check(name, getattr(self, name), lambda v: v >= 1, "1 or more")
-        _check("norm_eps", self.norm_eps, lambda v: 0 <= v < 1, "from 0 to 1")
+        _check("max_detections", self.max_detections, lambda v: v >= 1, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

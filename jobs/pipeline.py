@@ -13,12 +13,11 @@ from jobs import encode
 from jobs.actor import Model, Pool, Predict
 from jobs.encode import Receipt
 from jobs.read import Source
-from jobs.source import Chunks, Work
+from jobs.source import READ_CPUS, Chunks, Work
 from jobs.storage import Store
 
-# Reading waits for storage and encoding is short, so several of them share a CPU. An actor on a CPU
-# reserves less than it uses: actors that hold every CPU would starve the readers and hang the job.
-READ_CPUS = 0.25
+# Encoding is short, so several share a CPU. An actor on a CPU reserves less than it uses: actors that
+# hold every CPU would starve the readers and hang the job.
 WRITE_CPUS = 0.25
 CPU_ACTOR_CPUS = 0.5
 # Two chunks are in an actor: while one is in the network, the other is decoded or handed over.

@@ -193,15 +193,15 @@ def refuse_changed_input(plan: Plan, found: Input, output: Store) -> None:
     )
 
 
-def finished_chunks(output: Store) -> dict[str, float]:
+def finished_chunks(output: Store, folder: str = PREDICTIONS_FOLDER) -> dict[str, float]:
     """Return the chunks whose output object exists, by id, and when each was written.
 
     This is the ledger: one listing, and nothing else is asked.
     """
-    start, end = f"{PREDICTIONS_FOLDER}/", ".parquet"
+    start, end = f"{folder}/", ".parquet"
     return {
         found.path[len(start) : -len(end)]: found.modified
-        for found in output.list_objects(PREDICTIONS_FOLDER)
+        for found in output.list_objects(folder)
         if found.path.endswith(end) and not found.path[len(start) :].startswith(".")
     }
 

@@ -177,9 +177,7 @@ def _parts(file: pq.ParquetFile, start: int, count: int) -> Iterator[Part]:
         passed += group_rows
 
 
-def _rows_of(
-    file: pq.ParquetFile, part: Part, columns: list[str]
-) -> Iterator[dict[str, Any]]:
+def _rows_of(file: pq.ParquetFile, part: Part, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a part of a row group, holding few of them at a time."""
     if not columns:
         yield from ({} for _ in range(part.num_rows))

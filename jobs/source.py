@@ -15,6 +15,9 @@ from jobs.chunks import Chunk
 from jobs.envelope import ENVELOPE, Envelope, seal
 from jobs.read import Source, read_chunk
 
+# Reading waits for storage: several share a CPU.
+READ_CPUS = 0.25
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.chunks import output_path
+from jobs.chunks import PREDICTIONS_FOLDER, output_path
 from jobs.storage import ObjectInfo, Store
-from segmodel.schema import PREDICTIONS, SCHEMA_VERSION
+from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
 MANIFEST, SUCCESS = "_manifest.json", "_SUCCESS"
 # Footers are small: the wait for each is its cost.
@@ -64,18 +64,26 @@ def total(counts: Iterable[Counts]) -> Counts:
     return Counts(images=images, detections=detections, errors=dict(errors))
 
 
-def put_chunk(output: Store, chunk_id: str, table: pa.Table, footer: Mapping[str, str]) -> Counts:
+def put_chunk(
+    output: Store,
+    chunk_id: str,
+    table: pa.Table,
+    footer: Mapping[str, str],
+    folder: str = PREDICTIONS_FOLDER,
+) -> Counts:
     """Write the rows of a chunk as its one object.
 
     Args:
         output: The job's output.
         chunk_id: Of the plan; it names the object.
-        table: With the schema `PREDICTIONS`.
+        table: With the schema `PREDICTIONS` or `TRAINING`.
         footer: More facts for the object's footer: model digest, run id.
+        folder: Of the output.
     """
-    assert table.schema.equals(PREDICTIONS), table.schema
+    assert table.schema.equals(TRAINING if "image" in table.schema.names else PREDICTIONS)
     counts = count(table)
     facts = {
+        **(table.schema.metadata or {}),
         "segjobs.schema_version": SCHEMA_VERSION,
         "segjobs.counts": json.dumps(asdict(counts), sort_keys=True),
         **{f"segjobs.{name}": value for name, value in footer.items()},
@@ -84,7 +92,7 @@ def put_chunk(output: Store, chunk_id: str, table: pa.Table, footer: Mapping[str
     pq.write_table(
         table.replace_schema_metadata(facts), sink, compression="zstd", write_page_checksum=True
     )
-    output.put(output_path(chunk_id), sink.getvalue())
+    output.put(output_path(chunk_id, folder), sink.getvalue())
     return counts
 
 
@@ -106,11 +114,13 @@ def read_chunk(output: Store, chunk_id: str, columns: list[str] | None = None) -
     return pq.read_table(data, columns=columns, page_checksum_verification=True)
 
 
-def read_counts(output: Store, chunk_ids: Iterable[str]) -> dict[str, Counts]:
+def read_counts(
+    output: Store, chunk_ids: Iterable[str], folder: str = PREDICTIONS_FOLDER
+) -> dict[str, Counts]:
     """Return what stands in the footers of finished chunks."""
 
     def counts(chunk_id: str) -> tuple[str, Counts]:
-        path = output_path(chunk_id)
+        path = output_path(chunk_id, folder)
         info = output.info(path)
         if info is None:
             raise IncompleteError(f"{output.url(path)} is gone: run the same command again")

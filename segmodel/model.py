@@ -33,6 +33,8 @@ SMALL_LAYERS = {"3": "0", "6": "1", "12": "2", "14": "3"}
 SMALL_LAYER_CHANNELS = [24, 40, 112, 160]
 SMALL_CHANNELS = 96
 SMALL_BOX_WIDTH = 192
+# Three for each detection that may be kept; torchvision takes 1000, and each costs RoIAlign and box head.
+SMALL_PROPOSALS = 300
 SMALL_ANCHORS = (16, 32, 64, 128, 256)
 
 # Image pixels per pixel of the features that RoIAlign reads are 2 to these powers.
@@ -90,6 +92,8 @@ def _small(num_classes: int, transform: Mapping[str, Any]) -> MaskRCNN:
         **transform,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(SMALL_CHANNELS, len(aspect_ratios)),
+        rpn_pre_nms_top_n_test=SMALL_PROPOSALS,
+        rpn_post_nms_top_n_test=SMALL_PROPOSALS,
         box_head=TwoMLPHead(SMALL_CHANNELS * 7 * 7, SMALL_BOX_WIDTH),
         box_predictor=FastRCNNPredictor(SMALL_BOX_WIDTH, num_classes),
         mask_head=MaskRCNNHeads(SMALL_CHANNELS, (SMALL_CHANNELS,) * 4, 1),

@@ -40,9 +40,8 @@ def test_many_chunks_keep_their_order() -> None:
 
 
 def test_the_id_names_the_object() -> None:
-    assert Chunk(chunk_id="00000012", kind="tar", num_images=1).output_path == (
-        "predictions/00000012.parquet"
-    )
+    assert chunks.output_path("00000012") == "predictions/00000012.parquet"
+    assert chunks.output_path("00000012", "shards") == "shards/00000012.parquet"
 
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.none() | st.integers(1, 60))

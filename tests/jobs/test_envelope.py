@@ -11,7 +11,10 @@ TABLE = pa.table({"key": ["a", "b"], "data": pa.array([bytes(5000), None], pa.la
 def test_round_trip() -> None:
     sealed = seal(
         Envelope(
-            chunk_id="00000007", positions=(0, 5), seconds={"read": 0.5, "predict": 2.0}, table=TABLE
+            chunk_id="00000007",
+            positions=(0, 5),
+            seconds={"read": 0.5, "predict": 2.0},
+            table=TABLE,
         )
     )
     assert sealed.schema == ENVELOPE

@@ -187,18 +187,35 @@ def test_a_verdict_reads_nothing(store: Store) -> None:
 def test_trouble_of_the_store_stops_the_reading(
     store: Store, make_tar: TarMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks = index.index_tar(store, put(store, "a.tar", make_tar([("a.jpg", b"1")])), 10)
-    parquet_chunks = index.index_parquet(
-        store, put(store, "a.parquet", parquet(pa.table({"image": [b"1"]}))), 10, None
-    )
+    tar_info = put(store, "a.tar", make_tar([("a.jpg", b"1")]))
+    raw = pa.table({"key": ["a", "b"], "image": [bytes(3000), bytes(3000)]})
+    parquet_info = put(store, "a.parquet", parquet(raw, 1, compression="none"))
+    chunks = [
+        *index.index_tar(store, tar_info, 10),
+        *index.index_parquet(store, parquet_info, 10, None),
+    ]
+    monkeypatch.setattr(read, "FOOTER_WINDOW", 100)
+    whole = ArrowStore.read
+    left = 0
 
-    def fail(*_: Any) -> None:
-        raise StorageError("no access")
+    def fail(*arguments: Any) -> bytes:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StorageError("no access")
+        return whole(*arguments)
 
     monkeypatch.setattr(ArrowStore, "read", fail)
-    for chunk in (*chunks, *parquet_chunks):
-        with pytest.raises(StorageError, match="no access"):
-            read_chunk(chunk, source_of(store))
+    for chunk, least_reads in zip(chunks, (1, 4), strict=True):
+        left = 100
+        assert kinds(read_all([chunk], source_of(store))) == [None] * chunk.num_images
+        num_reads = 100 - left
+        assert num_reads >= least_reads
+        # Whichever read it is.
+        for number in range(num_reads):
+            left = number
+            with pytest.raises(StorageError, match="no access"):
+                read_chunk(chunk, source_of(store))
 
 
 # --- Parquet --------------------------------------------------------------------------------------

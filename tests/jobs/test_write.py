@@ -10,7 +10,7 @@ import pytest
 from jobs import write
 from jobs.storage import Store, open_store
 from jobs.write import Counts, IncompleteError
-from segmodel.schema import PREDICTIONS, SCHEMA_VERSION
+from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
 CAT = {
     "category_id": 17,
@@ -94,6 +94,21 @@ def test_the_footer_says_what_it_is(local: Store) -> None:
     assert column.compression == "ZSTD"
 
 
+def test_a_chunk_with_images_goes_to_its_folder(output: Store) -> None:
+    rows = [{**one, "image": {"bytes": b"1", "path": one["key"]}} for one in ROWS]
+    training = pa.Table.from_pylist(rows, schema=TRAINING)
+    assert write.put_chunk(output, "7", training, {"run_id": "r"}, "shards") == COUNTS
+    assert write.read_counts(output, ["7"], "shards") == {"7": COUNTS}
+    (info,) = output.list_objects()
+    assert info.path == "shards/7.parquet"
+    found = pq.read_table(io.BytesIO(output.read(info.path)), page_checksum_verification=True)
+    assert found.schema.equals(TRAINING)
+    assert found.to_pylist() == training.to_pylist()
+    # What tells `datasets` that `image` is one survives beside our own facts.
+    assert found.schema.metadata[b"huggingface"] == TRAINING.metadata[b"huggingface"]
+    assert found.schema.metadata[b"segjobs.run_id"] == b"r"
+
+
 def test_the_same_rows_give_the_same_object(local: Store) -> None:
     objects = set()
     for _ in range(2):
@@ -174,9 +189,9 @@ def test_some_columns_of_a_chunk(local: Store) -> None:
 def test_counts() -> None:
     assert write.count(table(*ROWS)) == COUNTS
     assert write.count(table()) == Counts(images=0, detections=0, errors={})
-    assert write.total([COUNTS, Counts(images=1, detections=3, errors={"empty": 1, "missing": 1})]) == (
-        Counts(images=6, detections=5, errors={"missing": 3, "truncated": 1, "empty": 1})
-    )
+    assert write.total(
+        [COUNTS, Counts(images=1, detections=3, errors={"empty": 1, "missing": 1})]
+    ) == (Counts(images=6, detections=5, errors={"missing": 3, "truncated": 1, "empty": 1}))
     assert write.total([]) == Counts(images=0, detections=0, errors={})
 
 

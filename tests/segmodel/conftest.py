@@ -36,8 +36,8 @@ def _enliven(model: MaskRCNN) -> None:
     for module in model.backbone.body.train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    blotches = functional.interpolate(torch.randn(16, 3, 5, 5), (96, 96))
-    blotches += torch.randn(16, 3, 96, 96) / 4
+    blotches = functional.interpolate(torch.randn(8, 3, 5, 5), (96, 96))
+    blotches += torch.randn(8, 3, 96, 96) / 4
     model.backbone.body(blotches)
     model.eval()
     features = model.backbone(blotches[:2])
@@ -46,7 +46,7 @@ def _enliven(model: MaskRCNN) -> None:
     _spread(model.rpn.head.cls_logits, hidden, 2)
     _spread(model.rpn.head.bbox_pred, hidden, 0.3)
     proposals, _ = model.rpn(ImageList(blotches[:2], sizes), features)
-    rois = [boxes[::20] for boxes in proposals]
+    rois = [boxes[::50] for boxes in proposals]
     heads = model.roi_heads
     box_hidden = heads.box_head(heads.box_roi_pool(features, rois, sizes))
     _spread(heads.box_predictor.cls_score, box_hidden, 1)
@@ -88,7 +88,7 @@ def lively() -> MakeBundle:
             categories=CATEGORIES[: num_classes - 1],
             weights=_lively_weights(arch, num_classes),
             score_threshold=0.02,
-            max_detections=40,
+            max_detections=30,
         )
 
     return make

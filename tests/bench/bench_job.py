@@ -1,0 +1,203 @@
+"""What the pipeline itself costs, and what it holds in memory.
+
+The same scenes as JPEGs in shards, the same small model, two ways: `segjobs predict` as a user runs it, and a
+bare loop over the same `Predictor` in one process with as many threads as the job's actors have together.
+"""
+
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+from PIL import Image
+
+from segmodel import bundle, initial, scenes
+from segmodel.settings import ModelSettings
+from tests.bench import results
+
+PER_SHARD = 100
+CHUNK_SIZE = 16
+# What a trained model finds in a busy picture; random weights find as many as are allowed.
+DETECTIONS = 20
+POLL_S = 0.2
+
+
+def cost(num_images: int = 400, repeats: int = 3) -> None:
+    """Measure images/s of the job against the bare loop, in turns."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make_bundle(folder / "model", min_size=320)
+        make_shards(folder / "shards", num_images, (480, 640))
+        steady, whole, bare = [], [], []
+        for repeat in range(repeats):
+            bare.append(bare_loop(folder, model))
+            output = folder / f"out-{repeat}"
+            started = time.perf_counter()
+            job(folder / "shards", output, model, DETECTIONS)
+            whole.append(num_images / (time.perf_counter() - started))
+            steady.append(steady_rate(output))
+    case = f"small model at 320 px, {num_images} scenes of 640x480, {DETECTIONS} detections"
+    note = f"median of {repeats}, bare loop and job in turns"
+    ratio = statistics.median(s / b for s, b in zip(steady, bare, strict=True))
+    results.add(
+        "job against bare loop",
+        [
+            row(case, "bare loop over Predictor", statistics.median(bare), "images/s", note),
+            row(case, "job, steady", statistics.median(steady), "images/s", note),
+            row(case, "job, with start-up", statistics.median(whole), "images/s", note),
+            row(case, "job, steady / bare loop", ratio, "ratio", note),
+        ],
+    )
+
+
+def memory(sizes: tuple[int, ...] = (200, 2000)) -> None:
+    """Measure the peak memory of the driver and of each kind of worker for several numbers of images."""
+    peaks: dict[int, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make_bundle(folder / "model", min_size=64)
+        for num_images in sizes:
+            shards = folder / f"shards-{num_images}"
+            make_shards(shards, num_images, (480, 640))
+            peaks[num_images] = job(shards, folder / f"out-{num_images}", model, 4)
+    note = "peak of unique memory (USS) of one process, polled"
+    rows = [
+        row(f"{num_images} images", f"peak of {role}", value, "MiB", note)
+        for num_images, roles in peaks.items()
+        for role, value in sorted(roles.items())
+    ]
+    first, last = peaks[sizes[0]], peaks[sizes[-1]]
+    rows += [
+        row(
+            f"{sizes[-1]} / {sizes[0]} images", f"peak of {role}", last[role] / first[role], "ratio"
+        )
+        for role in sorted(first)
+    ]
+    results.add("memory", rows)
+
+
+def row(case: str, measure: str, value: float, unit: str, note: str = "") -> dict[str, Any]:
+    return {"case": case, "measure": measure, "value": f"{value:.4g}", "unit": unit, "note": note}
+
+
+def make_bundle(folder: Path, min_size: int) -> Path:
+    categories = [(category.id, category.name) for category in scenes.CATEGORIES]
+    settings = ModelSettings(
+        arch="small", num_classes=len(categories) + 1, min_size=min_size, max_size=2 * min_size
+    )
+    made = initial.random_bundle(settings, initial.numbered_categories(categories), seed=1)
+    bundle.save(folder, made)
+    return folder
+
+
+def make_shards(folder: Path, num_images: int, size_hw: tuple[int, int]) -> None:
+    """Write tars of JPEGs; a few dozen scenes are drawn and repeated."""
+    folder.mkdir()
+    drawn = []
+    for seed in range(min(num_images, 50)):
+        data = io.BytesIO()
+        Image.fromarray(scenes.scene(seed, size_hw).image).save(data, "JPEG", quality=90)
+        drawn.append(data.getvalue())
+    for start in range(0, num_images, PER_SHARD):
+        with tarfile.open(folder / f"{start:06d}.tar", "w") as shard:
+            for number in range(start, min(start + PER_SHARD, num_images)):
+                member = tarfile.TarInfo(f"{number:06d}.jpg")
+                content = drawn[number % len(drawn)]
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+
+
+def job(shards: Path, output: Path, model: Path, detections: int) -> dict[str, float]:
+    """Run `segjobs predict`; return the peak memory in MiB of each kind of process."""
+    arguments = ["--input", shards, "--output", output, "--model", model]
+    arguments += [
+        "--chunk-size",
+        CHUNK_SIZE,
+        "--score-threshold",
+        0,
+        "--max-detections",
+        detections,
+    ]
+    command = [sys.executable, "-m", "jobs", "predict", *map(str, arguments)]
+    log = output.with_suffix(".log")
+    peaks: dict[str, float] = {}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        while process.poll() is None:
+            for role, value in now(process.pid):
+                peaks[role] = max(peaks.get(role, 0), value)
+            time.sleep(POLL_S)
+    if process.returncode:
+        raise RuntimeError(log.read_text())
+    return peaks
+
+
+def now(driver: int) -> Iterator[tuple[str, float]]:
+    """Yield role and unique memory in MiB of the driver and of Ray's workers that it started."""
+    for process in [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]:
+        try:
+            title = " ".join(process.cmdline())
+            used = process.memory_full_info().uss / 2**20
+        except psutil.Error:
+            continue
+        if process.pid == driver:
+            yield "driver", used
+        elif "MapBatches(Predict)" in title:
+            yield "an actor", used
+        elif "ReadChunks" in title or "encode_and_write" in title or title.startswith("ray::IDLE"):
+            yield "a reader or writer", used
+        elif "raylet" in title.split(" ")[0] or "gcs_server" in title.split(" ")[0]:
+            yield "raylet or GCS", used
+
+
+def steady_rate(output: Path) -> float:
+    """Return images/s without start-up: from when each actor has finished its first chunks."""
+    manifest = json.loads((output / "_manifest.json").read_text())
+    skipped = 2 * manifest["pool"]["max_actors"]
+    times = sorted(found.stat().st_mtime for found in (output / "predictions").iterdir())
+    images = manifest["run"]["images"] * (len(times) - skipped) / len(times)
+    return float(images / (times[-1] - times[skipped - 1]))
+
+
+def bare_loop(folder: Path, model: Path) -> float:
+    """Return images/s of a loop over `Predictor` in a fresh process, without its start-up."""
+    command = [sys.executable, "-m", "tests.bench.bench_job", str(folder / "shards"), str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def _bare(shards: Path, model: Path) -> float:
+    import torch
+
+    from segmodel import masks
+    from segmodel.images import decode
+    from segmodel.inference import Predictor
+
+    cores = len(psutil.Process().cpu_affinity())
+    torch.set_num_threads(cores)
+    masks.warm_up()
+    predictor = Predictor(bundle.load(model), "cpu", score_threshold=0, max_detections=DETECTIONS)
+    contents = []
+    for path in sorted(shards.iterdir()):
+        with tarfile.open(path) as shard:
+            contents += [shard.extractfile(member).read() for member in shard]  # type: ignore[union-attr]
+    predictor.predict([decode(contents[0])])
+    started = time.perf_counter()
+    with ThreadPoolExecutor(cores) as pool:
+        # Decoding runs ahead of the network, as in the job.
+        for _, found in predictor.stream(enumerate(pool.map(decode, contents))):
+            masks.encode(found.mask_probs, found.boxes_xyxy, found.size_hw)
+    return len(contents) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    print(_bare(Path(sys.argv[1]), Path(sys.argv[2])))

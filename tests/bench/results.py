@@ -1,0 +1,47 @@
+"""The table of measurements, `results.csv`: a row for each figure, with commit and hardware."""
+
+import csv
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results.csv")
+COLUMNS = ("date", "commit", "hardware", "benchmark", "case", "measure", "value", "unit", "note")
+
+
+def add(benchmark: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows of case, measure, value, unit and note, and print them."""
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            whole = {**_circumstances(), "benchmark": benchmark, **row}
+            writer.writerow(whole)
+            print(" ".join(f"{whole.get(name, '')}" for name in COLUMNS[3:]))
+
+
+def _circumstances() -> dict[str, str]:
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("diff", "--stat") else ""),
+        "hardware": _hardware(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def _hardware() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()

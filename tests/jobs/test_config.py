@@ -1,0 +1,266 @@
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import yaml
+
+from jobs import config
+from jobs.__main__ import VERBS
+from jobs.config import (
+    ConfigError,
+    DemoConfig,
+    InitConfig,
+    PackConfig,
+    PredictConfig,
+    from_namespace,
+    parser_for,
+)
+
+CLASSES = list(VERBS.values())
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def as_arguments(class_: type[Any], values: dict[str, Any]) -> list[str]:
+    """What a person types for these values."""
+    arguments: list[str] = []
+    for field in dataclasses.fields(class_):
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        if field.metadata["positional"]:
+            arguments.append(str(value))
+        elif isinstance(value, bool):
+            arguments += [flag(field.name)] * value
+        else:
+            arguments += [flag(field.name), str(value)]
+    return arguments
+
+
+def parsed(class_: type[Any], arguments: list[str]) -> Any:
+    return from_namespace(class_, parser_for(class_).parse_args(arguments))
+
+
+def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
+    """A value that is allowed and is not the default."""
+    hint = get_type_hints(class_)[field.name]
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    if isinstance(kinds[0], str):
+        return next(kind for kind in kinds if kind != field.default)
+    values = {bool: True, int: 77, float: 0.25, str: "some text"}
+    return values[kinds[0]]
+
+
+def needed(class_: type[Any]) -> dict[str, Any]:
+    """Values of the fields that have no default."""
+    fields = dataclasses.fields(class_)
+    return {
+        field.name: another_value(class_, field)
+        for field in fields
+        if field.default is dataclasses.MISSING
+    }
+
+
+@pytest.mark.parametrize("class_", CLASSES)
+def test_every_field_has_a_flag_and_a_help_line(
+    class_: type[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        parser_for(class_).parse_args(["--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    words = " ".join(said.split())
+    assert (class_.__doc__ or "missing") in words
+    for field in dataclasses.fields(class_):
+        shown = field.name if field.metadata["positional"] else flag(field.name)
+        assert re.search(rf"^  {re.escape(shown)}\b", said, re.MULTILINE), shown
+        assert len(field.metadata["help"]) > 5
+        assert " ".join(field.metadata["help"].split()) in words
+
+
+@pytest.mark.parametrize(
+    ("class_", "name"),
+    [(class_, field.name) for class_ in CLASSES for field in dataclasses.fields(class_)],
+)
+def test_every_flag_and_every_key_sets_its_field(
+    class_: type[Any], name: str, tmp_path: Path
+) -> None:
+    field = next(field for field in dataclasses.fields(class_) if field.name == name)
+    value = another_value(class_, field)
+    assert value != field.default
+    values = {**needed(class_), name: value}
+    expected = class_(**values)
+    assert getattr(expected, name) == value
+    assert parsed(class_, as_arguments(class_, values)) == expected
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert parsed(class_, ["--config", str(file)]) == expected
+
+
+@pytest.mark.parametrize("class_", CLASSES)
+def test_defaults_are_those_of_the_dataclass(class_: type[Any]) -> None:
+    values = needed(class_)
+    assert parsed(class_, as_arguments(class_, values)) == class_(**values)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("input: in\noutput: out\nmodel: m\nchunk_size: 5\nlimit: 3\nplan_only: true\n")
+    for arguments in (
+        ["--config", str(file), "--chunk-size", "7"],
+        ["--config", str(file), "--chunk-size=7"],
+    ):
+        found = parsed(PredictConfig, arguments)
+        assert (found.chunk_size, found.limit, found.plan_only) == (7, 3, True)
+
+
+@pytest.mark.parametrize("class_", CLASSES)
+def test_the_printed_configuration_is_one(
+    class_: type[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {
+        field.name: another_value(class_, field)
+        for field in dataclasses.fields(class_)
+        # They bound each other.
+        if field.name != "min_actors"
+    }
+    arguments = as_arguments(class_, values)
+    with pytest.raises(SystemExit) as caught:
+        parser_for(class_).parse_args([*arguments, "--print_config"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert set(yaml.safe_load(printed)) == {field.name for field in dataclasses.fields(class_)}
+    file = tmp_path / "c.yaml"
+    file.write_text(printed)
+    assert parsed(class_, ["--config", str(file)]) == parsed(class_, arguments) == class_(**values)
+
+
+def refusal(class_: type[Any], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parsed(class_, arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.strip().rpartition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("--chunksize=3", "--chunk-size"),
+        ("--chunk_size=3", "--chunk-size"),
+        ("--chunk=3", "--chunk-size"),
+        ("--score-treshold=3", "--score-threshold"),
+        ("--retry-error", "--retry-errors"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_nearest(
+    argument: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = as_arguments(PredictConfig, needed(PredictConfig))
+    said = refusal(PredictConfig, [*whole, argument], capsys)
+    assert said == f"unrecognized arguments: {argument} - did you mean {nearest}?"
+
+
+def test_an_unknown_key_is_refused_with_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("input: in\noutput: out\nmodel: m\nchunk_sise: 5\n")
+    said = refusal(PredictConfig, ["--config", str(file)], capsys)
+    assert said == "Option 'chunk_sise' is not accepted - did you mean chunk_size?"
+    file.write_text("input: in\noutput: out\nmodel: m\nzzz: 5\n")
+    assert refusal(PredictConfig, ["--config", str(file)], capsys) == "Option 'zzz' is not accepted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "mask"], "Got value: mask"),
+        (["--format", "image"], "Got value: image"),
+        (["--chunk-size", "many"], "Got value: many"),
+        (["--chunk-size", "2.5"], "Got value: 2.5"),
+        (["--config", "inputs"], "File does not exist"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_no_name_suggested(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = as_arguments(PredictConfig, needed(PredictConfig))
+    said = refusal(PredictConfig, [*whole, *arguments], capsys)
+    assert words in said
+    assert "did you mean" not in said
+
+
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(PredictConfig, ["--input", "in"], capsys)
+    assert "required: output, model" in said
+
+
+BELOW_ONE = "must be 1 or more, not 0"
+
+
+@pytest.mark.parametrize(
+    ("class_", "values", "words"),
+    [
+        (PredictConfig, {"score_threshold": -0.1}, "--score-threshold must be from 0 to 1"),
+        (PredictConfig, {"score_threshold": 1.1}, "--score-threshold must be from 0 to 1"),
+        (PredictConfig, {"score_threshold": float("nan")}, "--score-threshold must be from 0 to 1"),
+        (PredictConfig, {"max_detections": 0}, f"--max-detections {BELOW_ONE}"),
+        (PredictConfig, {"batch_size": 0}, f"--batch-size {BELOW_ONE}"),
+        (PredictConfig, {"min_actors": 0}, f"--min-actors {BELOW_ONE}"),
+        (PredictConfig, {"max_actors": 0}, f"--max-actors {BELOW_ONE}"),
+        (PredictConfig, {"chunk_size": 0}, f"--chunk-size {BELOW_ONE}"),
+        (PredictConfig, {"limit": 0}, f"--limit {BELOW_ONE}"),
+        (PredictConfig, {"max_pixels": 0}, f"--max-pixels {BELOW_ONE}"),
+        (PredictConfig, {"gpus_per_actor": -1.0}, "--gpus-per-actor must be 0, a fraction of 1"),
+        (PredictConfig, {"gpus_per_actor": 1.5}, "--gpus-per-actor must be 0, a fraction of 1"),
+        (PredictConfig, {"gpus_per_actor": float("inf")}, "--gpus-per-actor must be"),
+        (PredictConfig, {"gpus_per_actor": float("nan")}, "--gpus-per-actor must be"),
+        (
+            PredictConfig,
+            {"min_actors": 3, "max_actors": 2},
+            r"--min-actors \(3\) is more than --max-actors \(2\)",
+        ),
+        (InitConfig, {"score_threshold": 2.0}, "--score-threshold must be from 0 to 1, not 2"),
+        (InitConfig, {"max_detections": 0}, f"--max-detections {BELOW_ONE}"),
+        (InitConfig, {"min_size": 0}, "--min-size must be 32 or more, not 0"),
+        (InitConfig, {"max_size": 0}, "--max-size must be 32 or more, not 0"),
+        (InitConfig, {"norm_eps": -1.0}, "--norm-eps must be 0 or more, not -1"),
+        (PackConfig, {"shard_size": 0}, f"--shard-size {BELOW_ONE}"),
+        (DemoConfig, {"scenes": 0}, f"--scenes {BELOW_ONE}"),
+        (DemoConfig, {"seed": -1}, "--seed must be 0 or more, not -1"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_with_its_flag(
+    class_: type[Any], values: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        class_(**{**needed(class_), **values})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gpus_per_actor": 0.0},
+        {"gpus_per_actor": 0.5},
+        {"gpus_per_actor": 2.0},
+        {"score_threshold": 0.0},
+        {"score_threshold": 1.0},
+        {"min_actors": 2, "max_actors": 2},
+        {"min_actors": 3},
+        {"limit": 1},
+    ],
+)
+def test_what_is_just_in_range_is_taken(values: dict[str, Any]) -> None:
+    made = PredictConfig(**{**needed(PredictConfig), **values})
+    assert {name: getattr(made, name) for name in values} == values
+
+
+def test_a_field_must_be_declared_as_an_option() -> None:
+    declared = config.option("what it is for")
+    assert declared.default is dataclasses.MISSING
+    assert declared.metadata == {"help": "what it is for", "positional": False}

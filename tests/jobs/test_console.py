@@ -1,0 +1,95 @@
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from jobs import console
+from jobs.console import ImageProgress, duration, facts, size
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What a log file would hold."""
+    file = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=file, highlight=False, soft_wrap=True))
+    return file
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(time, "monotonic", made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (5 * 2**20, "5.0 MiB"),
+        (3 * 2**30, "3.0 GiB"),
+        (2.5 * 2**40, "2.5 TiB"),
+        (2**51, "2048.0 TiB"),
+    ],
+)
+def test_size(num_bytes: float, words: str) -> None:
+    assert size(num_bytes) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0.0 s"),
+        (3.21, "3.2 s"),
+        (59.4, "59.4 s"),
+        (59.7, "1 min 00 s"),
+        (61, "1 min 01 s"),
+        (3599.6, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (360_000, "100 h 00 min"),
+    ],
+)
+def test_duration(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_facts(said: io.StringIO) -> None:
+    facts("Plan [1]", [("images", "5"), ("path", "s3://bucket/[a]/b")])
+    lines = [line.split() for line in said.getvalue().splitlines()]
+    assert lines == [["Plan", "[1]"], ["images", "5"], ["path", "s3://bucket/[a]/b"]]
+
+
+def test_a_log_gets_a_line_a_minute(said: io.StringIO, clock: Clock) -> None:
+    with ImageProgress(total=1000, done=400) as progress:
+        for _ in range(7):
+            clock.now += 20
+            progress.advance(20)
+    # Three chunks a minute, and what was done before does not count as work.
+    assert said.getvalue().splitlines() == [
+        "460 of 1000 images, 1.0 images/s, 9 min 00 s left",
+        "520 of 1000 images, 1.0 images/s, 8 min 00 s left",
+    ]
+    assert progress.done == 540
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=100)
+    monkeypatch.setattr(console, "console", terminal)
+    with ImageProgress(total=10, done=4) as progress:
+        progress.advance(6)
+    assert progress.done == 10
+    drawn = file.getvalue()
+    assert "10/10" in drawn
+    assert "images/s" in drawn
