@@ -1,23 +1,51 @@
 """The Ray that a verb runs on: one that is there, or a local one of its own."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 import ray
 import ray.data
+from ray.exceptions import RayTaskError
 
 
-def connect(address: str | None) -> None:
-    """Use the Ray at `address`, at `RAY_ADDRESS`, or that this process uses already, or start a local one."""
-    if ray.is_initialized():
-        return
-    # Every actor warms up on its own and says so; what matters is in the tables and the progress bar.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+def connect(address: str | None) -> bool:
+    """Use the Ray at `address`, at `RAY_ADDRESS` or of this process, or start a local one.
+
+    Returns:
+        Whether it may grow: a cluster that was named may have an autoscaler, a local Ray has none.
+    """
     address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    if not ray.is_initialized():
+        quieten()
+        settings = {"address": address} if address else {"include_dashboard": False}
+        ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
+    return bool(address)
+
+
+def quieten() -> None:
+    """Keep what Ray prints from a user's eyes; its log files have it all.
+
+    What goes wrong in a task is raised, and how far the job is our own tables say. Ray Data would print each
+    error twice more, and Ray's core an alarm about every pool of actors.
+    """
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what a task raised about a user's input or store as itself, without Ray's frames around it."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause: BaseException | None = error.cause
+        while cause is not None:
+            if isinstance(cause, ValueError | OSError) and not isinstance(cause, RayTaskError):
+                raise cause from None
+            cause = cause.__cause__
+        raise
 
 
 def resources() -> tuple[float, float]:

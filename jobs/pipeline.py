@@ -11,6 +11,7 @@ import ray.data
 
 from jobs import encode
 from jobs.actor import Model, Pool, Predict
+from jobs.cluster import plain_errors
 from jobs.encode import Receipt
 from jobs.read import Source
 from jobs.source import READ_CPUS, Chunks, Work
@@ -73,8 +74,11 @@ def run(
             num_cpus=WRITE_CPUS,
         )
     )
-    for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from encode.receipts(batch)
+    with plain_errors():
+        for batch in receipts.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
+            yield from encode.receipts(batch)
 
 
 def _store_bytes(work: Sequence[Work], model: Model, pool: Pool) -> int:

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -39,8 +39,7 @@ def run(config: PredictConfig) -> int:
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
     job = _job(config, bundle)
-    connect(config.address)
-    pool = _lay_out(config)
+    pool = _lay_out(config, may_grow=connect(config.address))
     planned = _planned(config, job, output)
     if config.plan_only:
         _show_plan(planned, pool, len(planned.chunks), "Plan (nothing was written)")
@@ -159,7 +158,7 @@ def _left(config: PredictConfig, planned: Plan, output: Store, done: Set[str]) -
     return work
 
 
-def _lay_out(config: PredictConfig) -> Pool:
+def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
     """Decide how many actors there are and what each gets.
 
     Raises:
@@ -169,29 +168,23 @@ def _lay_out(config: PredictConfig) -> Pool:
     share = config.gpus_per_actor
     if share is None:
         share = 1.0 if gpus else 0.0
-    if share:
-        fit = int(gpus / share + 1e-9)
-        if fit < (config.min_actors or 1):
-            raise ConfigError(
-                f"{config.min_actors or 1} actors of {share:g} GPUs were asked for, and the cluster has "
-                f"{gpus:g} GPUs: lower --gpus-per-actor or --min-actors (--gpus-per-actor 0 uses CPUs)"
-            )
-    else:
-        # One thread for each actor: two one-thread processes beat one two-thread process.
-        fit = max(1, int(cpus))
-        most = int(cpus / pipeline.CPU_ACTOR_CPUS) - 1
-        if (config.min_actors or 1) > max(1, most):
-            raise ConfigError(
-                f"--min-actors {config.min_actors} would leave no CPU for reading and writing: the "
-                f"cluster has {cpus:g} CPUs, so use at most {max(1, most)}"
-            )
-        if config.max_actors:
-            config = replace(config, max_actors=min(config.max_actors, max(1, most)))
+    # On CPUs one thread for each actor: two one-thread processes beat one two-thread process. The most that
+    # can be reserved leaves room for readers and writers, without which the job would hang.
+    fit = int(gpus / share + 1e-9) if share else max(1, int(cpus))
+    most = fit if share else max(1, int(cpus / pipeline.CPU_ACTOR_CPUS) - 1)
     max_actors = config.max_actors or max(fit, config.min_actors or 1)
-    min_actors = config.min_actors or max_actors
+    # A cluster that may grow starts with what there is, and gets more as its nodes come.
+    min_actors = config.min_actors or max(1, min(max_actors, fit))
+    if not may_grow and min_actors > most:
+        what = f"{share:g} GPUs" if share else "CPUs"
+        raise ConfigError(
+            f"{min_actors} actors on {what} each do not fit: this Ray has {cpus:g} CPUs and {gpus:g} "
+            f"GPUs, room for {most}. Lower --min-actors or --gpus-per-actor (0 uses CPUs), or name a "
+            "larger cluster by --address"
+        )
     return Pool(
-        min_actors=min(min_actors, max_actors),
-        max_actors=max_actors,
+        min_actors=min_actors,
+        max_actors=max_actors if may_grow else max(min_actors, min(max_actors, most)),
         gpus_per_actor=share,
         threads=max(1, int(cpus / max_actors)),
         batch_size=config.batch_size,

@@ -137,7 +137,6 @@ def detection_rows(
     """
     assert rles is None or len(rles) == len(detections)
     x0, y0, x1, y1 = detections.boxes_xyxy.T
-    # Plain numbers: at the first NumPy value Arrow imports pandas, which takes more than a second.
     bboxes = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).tolist()
     scores = detections.scores.tolist()
     mask_areas = None if rles is None else _areas(rles)

@@ -112,6 +112,9 @@ def ray_local(environment: None) -> Iterator[None]:
     """A Ray of two CPUs in processes of this machine, one for the whole session."""
     import ray
 
+    from jobs import cluster
+
+    cluster.quieten()
     ray.init(
         address="local",
         num_cpus=2,

@@ -344,6 +344,27 @@ def test_a_changed_input_is_refused_and_a_frozen_plan_goes_on(
     assert named["03 ü#.jpeg"]["status"] == "ok"
 
 
+def test_a_failing_task_is_named_without_ray_around_it(
+    tmp_path: Path,
+    ray_local: Any,
+    tiny_bundle: Path,
+    photos: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = dict(list(photos.items())[:2])
+    source, output = _put_as_images(str(tmp_path), None, few), str(tmp_path / "out")
+    assert predict(source, output, tiny_bundle) == 0
+    for path in [
+        *(tmp_path / "out").rglob("list-*.parquet"),
+        *(tmp_path / "out/predictions").iterdir(),
+    ]:
+        path.unlink()
+    assert predict(source, output, tiny_bundle) == 1
+    error = capsys.readouterr().err
+    assert "list-00000.parquet does not exist: the plan is damaged" in error
+    assert "Traceback" not in error
+
+
 def test_retry_errors_redoes_only_rows_in_error(
     tmp_path: Path,
     ray_local: Any,
@@ -407,7 +428,7 @@ def test_more_gpus_than_there_are_is_refused(
 ) -> None:
     more = ("--gpus-per-actor", "0.5")
     assert predict(f"{local_table}/tars", str(tmp_path / "out"), tiny_bundle, *more) == 2
-    assert "the cluster has 0 GPUs" in capsys.readouterr().err
+    assert "2 CPUs and 0 GPUs, room for 0" in capsys.readouterr().err
 
 
 def test_status_of_a_finished_and_of_an_unfinished_job(

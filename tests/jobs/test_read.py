@@ -188,8 +188,10 @@ def test_trouble_of_the_store_stops_the_reading(
     store: Store, make_tar: TarMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar_info = put(store, "a.tar", make_tar([("a.jpg", b"1")]))
-    raw = pa.table({"key": ["a", "b"], "image": [bytes(3000), bytes(3000)]})
-    parquet_info = put(store, "a.parquet", parquet(raw, 1, compression="none"))
+    # Larger than what is read of a file's end, so that several reads are needed.
+    raw = pa.table({"key": ["a", "b"], "image": [bytes(200_000), bytes(200_000)]})
+    plain = parquet(raw, 1, compression="none", use_dictionary=False)
+    parquet_info = put(store, "a.parquet", plain)
     chunks = [
         *index.index_tar(store, tar_info, 10),
         *index.index_parquet(store, parquet_info, 10, None),
