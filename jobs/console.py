@@ -30,7 +30,7 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print a table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     console.print(table)
 
 

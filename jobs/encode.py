@@ -125,7 +125,8 @@ def _detections(raw: Mapping[str, Any]) -> Detections:
     mask_probs = None
     if raw["mask_probs"] is not None:
         values = np.frombuffer(raw["mask_probs"], np.float32)
-        side = math.isqrt(len(values) // len(scores)) if len(scores) else 0
+        # Where nothing was found, any side will do.
+        side = math.isqrt(len(values) // len(scores)) if len(scores) else 1
         mask_probs = values.reshape(len(scores), side, side)
     return Detections(
         boxes_xyxy=np.frombuffer(raw["boxes_xyxy"], np.float32).reshape(-1, 4),

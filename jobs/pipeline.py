@@ -56,9 +56,10 @@ def run(
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=pool.min_actors,
-                max_size=pool.max_actors,
-                initial_size=pool.min_actors,
+                # An actor without a chunk would load a model for nothing.
+                min_size=min(pool.min_actors, len(work)),
+                max_size=min(pool.max_actors, len(work)),
+                initial_size=min(pool.min_actors, len(work)),
                 max_concurrent_calls_per_actor=CHUNKS_IN_ACTOR,
                 enable_true_multi_threading=True,
             ),

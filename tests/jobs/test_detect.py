@@ -242,8 +242,23 @@ def test_the_digest_depends_on_nothing_else() -> None:
     later = [ObjectInfo(info.path, info.size, info.etag, modified=5.0) for info in BEFORE]
     assert digest(later) == digest(BEFORE)
     assert describe_changes(object_table(BEFORE), object_table(later)) == ""
-    names = [ObjectInfo("a\nb", 1, ""), ObjectInfo("c", 1, "")]
-    assert digest(names) != digest([ObjectInfo("a", 1, ""), ObjectInfo("b\nc", 1, "")])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([ObjectInfo("a", 11, "x")], [ObjectInfo("a1", 1, "x")]),
+        ([ObjectInfo("a", 1, "1x")], [ObjectInfo("a", 11, "x")]),
+        (
+            [ObjectInfo("a\nb", 1, ""), ObjectInfo("c", 1, "")],
+            [ObjectInfo("a", 1, ""), ObjectInfo("b\nc", 1, "")],
+        ),
+    ],
+)
+def test_what_runs_together_in_print_has_another_digest(
+    one: list[ObjectInfo], other: list[ObjectInfo]
+) -> None:
+    assert digest(one) != digest(other)
 
 
 def test_object_tables() -> None:

@@ -165,6 +165,14 @@ def test_trouble_of_the_store_is_not_taken_for_damage(
             uris(store, name, b"uri\nabcdefgh\n")
 
 
+def test_line_breaks_where_blocks_of_a_csv_meet(store: Store) -> None:
+    # Arrow reads a CSV in blocks of 1 MiB; one of these line breaks lies where two meet.
+    values = [f"{number:04d}" + "\n" * 3000 + ".jpg" for number in range(1000)]
+    assert uris(store, "a.csv", as_csv([f"s3://b/{value}" for value in values])) == [
+        f"s3://b/{value}" for value in values
+    ]
+
+
 def test_rows_come_as_they_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "WINDOW", 1000)
     values = [f"s3://bucket/{number:06d}.jpg" for number in range(5000)]

@@ -405,6 +405,15 @@ def test_boxes_only_and_limit(tmp_path: Path, local_table: Path, tiny_bundle: Pa
         assert all(found["segmentation"] is found["area"] is None for found in row["detections"])
 
 
+def test_images_in_which_nothing_is_found_have_an_empty_list(
+    tmp_path: Path, local_table: Path, tiny_bundle: Path
+) -> None:
+    output = str(tmp_path / "none")
+    more = ("--score-threshold", "0.999", "--limit", "3")
+    assert predict(f"{local_table}/tars", output, tiny_bundle, *more) == 0
+    assert [(row["status"], row["detections"]) for row in rows_of(output)] == [("ok", [])] * 3
+
+
 def test_plan_only_writes_nothing(
     tmp_path: Path, local_table: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

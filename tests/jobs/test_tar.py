@@ -247,10 +247,23 @@ class Counting(io.BytesIO):
         return data
 
 
-def test_only_headers_are_read(make_tar: Callable[..., bytes]) -> None:
+def test_only_headers_are_read_and_none_is_kept(
+    make_tar: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [(f"{number:05d}.jpg", bytes(2000)) for number in range(3000)]
     file = Counting(make_tar(images))
-    found = list(tar.members(file, until_end=True))
+    opened: list[tarfile.TarFile] = []
+    whole = tarfile.open
+
+    def noted(*arguments: Any, **options: Any) -> tarfile.TarFile:
+        opened.append(whole(*arguments, **options))
+        return opened[0]
+
+    monkeypatch.setattr(tarfile, "open", noted)
+    found = []
+    for member in tar.members(file, until_end=True):
+        found.append(member)
+        assert len(opened[0].members) <= 1  # type: ignore[attr-defined]
     assert [member.key for member in found] == [name for name, _ in images]
     assert file.num_read < 3000 * (BLOCK + 1) + 20_000
 

@@ -143,13 +143,13 @@ def test_coco_agrees_with_the_way_torchvision_builds_it(
 ) -> None:
     """With the names of the published file, which torchvision and `coco_bundle` both rename."""
     weights = MaskRCNN_ResNet50_FPN_Weights.COCO_V1
-    state = with_91_outputs(without_counters(lively("maskrcnn_resnet50_fpn", 4, 64, 96).weights))
+    state = with_91_outputs(without_counters(lively("maskrcnn_resnet50_fpn", 4, 32, 64).weights))
     published[weights] = old_names(state)
     # The real thing: FrozenBatchNorm, 91 classes, an epsilon of 0.
     theirs = maskrcnn_resnet50_fpn(
-        weights=weights, progress=False, min_size=64, max_size=96, box_score_thresh=0.05
+        weights=weights, progress=False, min_size=32, max_size=64, box_score_thresh=0.05
     ).eval()
-    made = coco_bundle("maskrcnn_resnet50_fpn", 64, 96)
+    made = coco_bundle("maskrcnn_resnet50_fpn", 32, 64)
     pixels = image(64, 96)
     ours = Predictor(made, "cpu").predict([pixels])[0]
     with torch.inference_mode():

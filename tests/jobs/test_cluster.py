@@ -1,0 +1,66 @@
+"""Which Ray a verb uses, and what its errors look like."""
+
+import pytest
+import ray
+
+from jobs.cluster import connect, plain_errors, resources
+from jobs.config import ConfigError, PredictConfig
+from jobs.predict import _lay_out
+from jobs.storage import StorageError
+
+pytestmark = pytest.mark.ray
+
+
+def test_the_ray_of_this_process_is_used(ray_local: None) -> None:
+    assert connect(None) is False
+    assert resources() == (2.0, 0.0)
+
+
+def test_a_named_cluster_may_grow(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert connect(ray.get_runtime_context().gcs_address) is True
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert connect(None) is True
+
+
+def test_errors_of_tasks_come_as_themselves(ray_local: None) -> None:
+    @ray.remote(num_cpus=0.1)
+    def task(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(StorageError, match="the bucket is gone") as caught, plain_errors():
+        ray.get(task.remote(StorageError("the bucket is gone")))
+    assert type(caught.value) is StorageError
+    with pytest.raises(ray.exceptions.RayTaskError), plain_errors():
+        ray.get(task.remote(AssertionError("ours")))
+
+
+def config(**more: object) -> PredictConfig:
+    return PredictConfig(input="i", output="o", model="m", **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("more", "actors", "threads"),
+    [
+        ({}, (2, 2), 1),
+        ({"max_actors": 1}, (1, 1), 2),
+        ({"min_actors": 1}, (1, 2), 1),
+        ({"max_actors": 9}, (2, 3), 1),
+    ],
+)
+def test_cpu_pools_leave_room_for_readers(
+    ray_local: None, more: dict[str, int], actors: tuple[int, int], threads: int
+) -> None:
+    pool = _lay_out(config(**more), may_grow=False)
+    assert (pool.min_actors, pool.max_actors) == actors
+    assert pool.gpus_per_actor == 0
+    assert pool.threads == max(1, threads)
+
+
+def test_actors_that_do_not_fit_are_refused_unless_the_cluster_may_grow(ray_local: None) -> None:
+    asked = config(gpus_per_actor=0.5, min_actors=2, max_actors=8)
+    with pytest.raises(ConfigError, match="0 GPUs, room for 0"):
+        _lay_out(asked, may_grow=False)
+    pool = _lay_out(asked, may_grow=True)
+    assert (pool.min_actors, pool.max_actors, pool.gpus_per_actor) == (2, 8, 0.5)
+    with pytest.raises(ConfigError, match="room for 3"):
+        _lay_out(config(min_actors=4), may_grow=False)
