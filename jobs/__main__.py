@@ -1,7 +1,7 @@
 """The command line: `segjobs VERB`, the same as `python -m jobs VERB`.
 
-Exit codes: 0 all that was promised is done; 1 failed; 2 bad arguments; 3 done, but images are in error and
-`--fail-on-error` was asked.
+Exit codes: 0 all that was promised is done; 1 failed; 2 bad arguments; 3 done, but images are in
+error and `--fail-on-error` was asked.
 """
 
 import importlib
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error_console.print("Stopped. Run the same command again to go on.")
         return 1
     except (ValueError, OSError, RuntimeError) as error:
-        # What a user or a store did: the message says what to do. Anything else is ours, and keeps its
-        # traceback.
+        # What a user or a store did: the message says what to do. Anything else is ours, and keeps
+        # its traceback.
         error_console.print(f"segjobs {verb}: {error}", style="bold red", markup=False)
         return 2 if isinstance(error, ConfigError) else 1
 

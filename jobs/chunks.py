@@ -36,9 +36,9 @@ class Chunk:
 
     Attributes:
         chunk_id: Unique in the plan; the order of ids is the order of images.
-        kind: `tar`, `parquet`, `objects` (a range of a list of loose images), `uris` (of a manifest's
-            images), or `verdict`: an image known to be unreadable, or a shard that is damaged; nothing
-            is read, one row says why.
+        kind: `tar`, `parquet`, `objects` (a range of a list of loose images), `uris` (of a
+            manifest's images), or `verdict`: an image known to be unreadable, or a shard that is
+            damaged; nothing is read, one row says why.
         shard: Path of the shard relative to the input; empty for `objects`.
         size: Bytes of the shard.
         etag: Of the shard.

@@ -27,8 +27,8 @@ def connect(address: str | None) -> bool:
 def quieten() -> None:
     """Keep what Ray prints from a user's eyes; its log files have it all.
 
-    What goes wrong in a task is raised, and how far the job is our own tables say. Ray Data would print each
-    error twice more, and Ray's core an alarm about every pool of actors.
+    What goes wrong in a task is raised, and how far the job is our own tables say. Ray Data would
+    print each error twice more, and Ray's core an alarm about every pool of actors.
     """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -1,7 +1,7 @@
 """One frozen, validated dataclass for each verb; a field is a flag, a key of the YAML file, and a help line.
 
-jsonargparse reads flags and `--config FILE.yaml`, checks types, refuses what it does not know and prints the
-effective configuration; what a value may be is checked here, when the dataclass is made.
+jsonargparse reads flags and `--config FILE.yaml`, checks types, refuses what it does not know and
+prints the effective configuration; what a value may be is checked here, when the dataclass is made.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """`segjobs demo [--output DIR]`: the main job on one machine with no network, small.
 
-Input: none. Output: synthetic shards with known truth, a model bundle, the table that `predict` makes of them,
-and `overlays.png`, a picture of truth and predictions. The commands are printed, so that they can be typed.
+Input: none. Output: synthetic shards with known truth, a model bundle, the table that `predict`
+makes of them, and `overlays.png`, a picture of truth and predictions. The commands are printed, so
+that they can be typed.
 """
 
 import io

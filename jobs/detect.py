@@ -136,8 +136,8 @@ def object_table(objects: Sequence[ObjectInfo]) -> pa.Table:
 def _kind(path: str) -> str:
     """Return the format that a name speaks for, or an empty string.
 
-    Hidden files and folders, and folders that start with an underscore (`__MACOSX`, `_plan`), hold no
-    input.
+    Hidden files and folders, and folders that start with an underscore (`__MACOSX`, `_plan`), hold
+    no input.
     """
     *folders, name = PurePosixPath(path).parts or ("",)
     if name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders):

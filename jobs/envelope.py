@@ -1,8 +1,8 @@
 """One row of a Ray data set is one chunk: a sealed table travels in it whole.
 
-Ray Data may cut a block between any two rows (`SplitBlocks`, `target_max_block_size`) and may put blocks
-together to fill a batch; it cannot cut a row. So every stage of the pipeline takes and gives blocks of one
-row, with `batch_size=1`, and a chunk reaches its output object as it was read.
+Ray Data may cut a block between any two rows (`SplitBlocks`, `target_max_block_size`) and may put
+blocks together to fill a batch; it cannot cut a row. So every stage of the pipeline takes and gives
+blocks of one row, with `batch_size=1`, and a chunk reaches its output object as it was read.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """What is in a shard: its images, cut into chunks. Nothing of an image is read here but its key.
 
-What it costs: a tar is read header by header (where its images are small: through, in large spans); of
-Parquet the footer and the column with the keys; of a manifest its rows, and one HEAD request for each
-image; loose images were listed already.
+What it costs: a tar is read header by header (where its images are small: through, in large spans);
+of Parquet the footer and the column with the keys; of a manifest its rows, and one HEAD request for
+each image; loose images were listed already.
 """
 
 from collections import Counter
@@ -24,7 +24,8 @@ from jobs.storage import ObjectInfo, StorageError, Store, open_uri
 MAX_CHUNK_BYTES = 64 * 2**20
 # No camera writes a larger one. A reader holds `MAX_CHUNK_BYTES`, or one image where that is more.
 MAX_IMAGE_BYTES = 256 * 2**20
-# Below this mean size of members, reading a tar through is cheaper than one request for each header.
+# Below this mean size of members, reading a tar through is cheaper than one request for each
+# header.
 HOP_FROM_MEAN_BYTES = 2**20
 READ_THROUGH_WINDOW, HOP_WINDOW = 4 * 2**20, 64 * 2**10
 HEAD_THREADS = 32
@@ -39,8 +40,8 @@ class ParquetInputError(ValueError):
 def index_tar(store: Store, info: ObjectInfo, chunk_size: int) -> list[Chunk]:
     """Cut a WebDataset shard into chunks of at most `chunk_size` images and `MAX_CHUNK_BYTES`.
 
-    Damage becomes a chunk of its own with one row that says so, and so does an image that is known to
-    be unreadable; what can be read is planned.
+    Damage becomes a chunk of its own with one row that says so, and so does an image that is known
+    to be unreadable; what can be read is planned.
     """
     file = store.open(info, READ_THROUGH_WINDOW)
     found: list[tar.Member] = []
@@ -238,8 +239,9 @@ def find_image_column(schema: pa.Schema, asked: str | None) -> str:
 def key_columns(schema: pa.Schema, image_column: str) -> list[str]:
     """Return the columns that name a shard's images.
 
-    Tables in the one schema keep their ids (`image_id`, `shard`, `key`), so that predictions on packed
-    shards can be held against them; otherwise the column `key`, or the path in the image struct, or
+    Tables in the one schema keep their ids (`image_id`, `shard`, `key`), so that predictions on
+    packed shards can be held against them; otherwise the column `key`, or the path in the image
+    struct, or
     none: then the number of the row is the key.
     """
     strings = {field.name for field in schema if _holds_text(field.type)}

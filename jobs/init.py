@@ -1,7 +1,7 @@
 """`segjobs init --arch A --weights W --output BUNDLE`: makes a model bundle.
 
-Input: nothing (random), torchvision's published weights (coco, imagenet), or a state-dict file. Output: a
-folder with `model.safetensors`, `model.json` and a model card.
+Input: nothing (random), torchvision's published weights (coco, imagenet), or a state-dict file.
+Output: a folder with `model.safetensors`, `model.json` and a model card.
 """
 
 import json

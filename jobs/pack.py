@@ -1,8 +1,8 @@
 """`segjobs pack --images URI --output URI`: images from anywhere to Parquet shards in the one schema.
 
-Input: whatever `predict` reads. Output: `shards/*.parquet`, one row for every image with its bytes as they were
-(null where they are no image) and an empty list of detections; `datasets` opens them with images decoded. Run again with the same output to
-go on.
+Input: whatever `predict` reads. Output: `shards/*.parquet`, one row for every image with its bytes
+as they were (null where they are no image) and an empty list of detections; `datasets` opens them
+with images decoded. Run again with the same output to go on.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Read, predict, encode, write: the batch job as one chain of Ray Data, a chunk at a time.
 
-Every object in it is one sealed chunk (`envelope`). Pixels stay inside the actors, full-size masks are
-never made, and only receipts come back to the driver.
+Every object in it is one sealed chunk (`envelope`). Pixels stay inside the actors, full-size masks
+are never made, and only receipts come back to the driver.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from jobs.read import Source
 from jobs.source import READ_CPUS, Chunks, Work
 from jobs.storage import Store
 
-# Encoding is short, so several share a CPU. An actor on a CPU reserves less than it uses: actors that
-# hold every CPU would starve the readers and hang the job.
+# Encoding is short, so several share a CPU. An actor on a CPU reserves less than it uses: actors
+# that hold every CPU would starve the readers and hang the job.
 WRITE_CPUS = 0.25
 CPU_ACTOR_CPUS = 0.5
 # Two chunks are in an actor: while one is in the network, the other is decoded or handed over.
 CHUNKS_IN_ACTOR = 2
-# Sealed chunks that may wait before, between and behind the stages, for each actor: the object store
-# holds a fixed number of chunks whatever the input's size.
+# Sealed chunks that may wait before, between and behind the stages, for each actor: the object
+# store holds a fixed number of chunks whatever the input's size.
 CHUNKS_IN_STORE = 6
 MIN_STORE_BYTES = 256 * 2**20
 MASK_BYTES = 28 * 28 * 4

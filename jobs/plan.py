@@ -1,7 +1,7 @@
 """The frozen plan: which images, cut into which chunks, under which configuration.
 
-A plan lies beside the output (`_plan.json` and `_plan/`), is written once by a conditional put, and is
-never changed. What is left to do is the plan less the chunks whose output object exists.
+A plan lies beside the output (`_plan.json` and `_plan/`), is written once by a conditional put, and
+is never changed. What is left to do is the plan less the chunks whose output object exists.
 """
 
 import io
@@ -27,9 +27,11 @@ from jobs.storage import Store
 
 PLAN, PLAN_FOLDER = "_plan.json", "_plan"
 
-# Objects in one list of a plan: a few hundred chunks, so that a reader's look at the footer is cheap.
+# Objects in one list of a plan: a few hundred chunks, so that a reader's look at the footer is
+# cheap.
 OBJECTS_PER_LIST = 65_536
-# Shards that one task indexes, and tasks under way: enough to fill a cluster, few enough to stop early.
+# Shards that one task indexes, and tasks under way: enough to fill a cluster, few enough to stop
+# early.
 SHARDS_PER_TASK = 8
 TASKS_UNDER_WAY = 256
 # Indexing waits for storage more than it computes.

@@ -1,8 +1,8 @@
 """`segjobs predict --input URI --output URI --model BUNDLE`: image shards to one table of masks.
 
-Input: WebDataset tars, Parquet shards, loose images or a manifest. Output: `predictions/*.parquet`, one row
-for every image, whatever its fate; `_plan.json`, `_manifest.json`, and `_SUCCESS` when all of it is there.
-Throughput on named hardware stands in the README.
+Input: WebDataset tars, Parquet shards, loose images or a manifest. Output: `predictions/*.parquet`,
+one row for every image, whatever its fate; `_plan.json`, `_manifest.json`, and `_SUCCESS` when all
+of it is there. Throughput on named hardware stands in the README.
 """
 
 import platform
@@ -168,8 +168,9 @@ def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
     share = config.gpus_per_actor
     if share is None:
         share = 1.0 if gpus else 0.0
-    # On CPUs one thread for each actor: two one-thread processes beat one two-thread process. The most that
-    # can be reserved leaves room for readers and writers, without which the job would hang.
+    # On CPUs one thread for each actor: two one-thread processes beat one two-thread process. The
+    # most that can be reserved leaves room for readers and writers, without which the job would
+    # hang.
     fit = int(gpus / share + 1e-9) if share else max(1, int(cpus))
     most = fit if share else max(1, int(cpus / pipeline.CPU_ACTOR_CPUS) - 1)
     max_actors = config.max_actors or max(fit, config.min_actors or 1)

@@ -76,8 +76,8 @@ def read_chunk(chunk: Chunk, source: Source) -> pa.Table:
     """Read the images of a chunk, in their order.
 
     Returns:
-        A table of `IMAGES` with `chunk.num_images` rows. An image or a shard that is gone, changed or
-        damaged since it was planned gives rows with an error, `<kind>: <what happened>`.
+        A table of `IMAGES` with `chunk.num_images` rows. An image or a shard that is gone, changed
+        or damaged since it was planned gives rows with an error, `<kind>: <what happened>`.
 
     Raises:
         StorageError: The store failed for good; the job stops, and can be resumed.
@@ -132,7 +132,8 @@ def _read_parquet(chunk: Chunk, source: Source) -> list[Row]:
     renamed = dict(chunk.renamed)
     rows: list[Row] = []
     for part in _parts(file, chunk.start, chunk.num_images):
-        # The names first: where a page of images is damaged, the rows in error still have their own.
+        # The names first: where a page of images is damaged, the rows in error still have their
+        # own.
         named = [
             _named_row(chunk.shard, values, renamed.get(number) or row_key(values, number, column))
             for number, values in enumerate(_rows_of(file, part, names), chunk.start + len(rows))

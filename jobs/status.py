@@ -11,7 +11,8 @@ from jobs.console import duration, facts
 from jobs.plan import PlanError
 from jobs.storage import open_store
 
-# The rate is that of the chunks of the last minutes, so that a crash in between does not count as work.
+# The rate is that of the chunks of the last minutes, so that a crash in between does not count as
+# work.
 RATE_WINDOW_S = 600
 # No chunk for so long, and a running job is at least worth a look.
 QUIET_S = 300

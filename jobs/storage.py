@@ -1,8 +1,9 @@
 """Places: a URI becomes a `Store` that lists, reads ranges, and puts objects atomically.
 
-`s3://` goes through boto3, because a plan needs etags, reads need `If-Match` in the same request, and
-the ledger needs conditional puts, none of which `pyarrow.fs` offers. Local paths and every other scheme
-go through `pyarrow.fs`. Keys are taken literally: `#`, `?`, `%` and spaces mean themselves.
+`s3://` goes through boto3, because a plan needs etags, reads need `If-Match` in the same request,
+and the ledger needs conditional puts, none of which `pyarrow.fs` offers. Local paths and every
+other scheme go through `pyarrow.fs`. Keys are taken literally: `#`, `?`, `%` and spaces mean
+themselves.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from typing_extensions import override
 
 # Ten attempts with back-off ride out about 25 s of 503s; botocore waits up to 20 s between two.
 MAX_ATTEMPTS = 10
-# A body that breaks off is not retried by botocore: so many times by us, waiting up to 0.1, 0.2, 0.4 ... s.
+# A body that breaks off is not retried by botocore: so many times by us, waiting up to 0.1, 0.2,
+# 0.4 ... s.
 BODY_ATTEMPTS = 6
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 # Reader tasks fetch loose images with this many threads at most, each with its own connection.
@@ -366,7 +368,8 @@ def open_store(uri: str, endpoint_url: str | None = None) -> Store:
     """Return the place that `uri` names.
 
     Args:
-        uri: A local path, `file://`, `s3://bucket/prefix`, `gs://` or another scheme of `pyarrow.fs`.
+        uri: A local path, `file://`, `s3://bucket/prefix`, `gs://` or another scheme of
+            `pyarrow.fs`.
         endpoint_url: The S3-compatible store; `AWS_ENDPOINT_URL`, then Amazon's, where None.
 
     Raises:

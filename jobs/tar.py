@@ -1,7 +1,7 @@
 """Images in a tar: names, places, and whether the archive is whole.
 
-`tarfile` parses the headers. It ends quietly at a cut, a damaged header or a lost block, so the end is
-checked here: an archive is whole only when zeros follow its last member, and nothing but zeros.
+`tarfile` parses the headers. It ends quietly at a cut, a damaged header or a lost block, so the end
+is checked here: an archive is whole only when zeros follow its last member, and nothing but zeros.
 """
 
 import tarfile

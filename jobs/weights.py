@@ -31,6 +31,7 @@ def save_bundle(uri: str, bundle: Bundle, endpoint_url: str | None) -> None:
     store = open_store(uri, endpoint_url)
     with TemporaryDirectory() as folder:
         bundles.save(folder, bundle)
-        # The description last: a bundle without it is none, so a half-written one is not taken for whole.
+        # The description last: a bundle without it is none, so a half-written one is not taken for
+        # whole.
         for name in (bundles.WEIGHTS, bundles.CARD, bundles.DESCRIPTION):
             store.put(name, (Path(folder) / name).read_bytes())

@@ -19,8 +19,8 @@ from segmodel.settings import Precision, network_size
 
 Image = npt.NDArray[np.uint8]
 
-# The feature pyramid halves five times, so both sides are padded to a multiple of 32, as torchvision
-# does for an image that comes alone.
+# The feature pyramid halves five times, so both sides are padded to a multiple of 32, as
+# torchvision does for an image that comes alone.
 SIZE_DIVISOR = 32
 # On a GPU, kernels of one image are too small to fill it; on a CPU a batch only costs cache.
 GPU_BATCH_SIZE = 8
@@ -56,7 +56,8 @@ class Predictor:
             bundle: The model.
             device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
             precision: Arithmetic of the backbone and feature pyramid; heads, RoIAlign and
-                non-maximum suppression are always fp32. `auto` is fp32: no other has been proved yet.
+                non-maximum suppression are always fp32. `auto` is fp32: no other has been proved
+                yet.
             score_threshold: Drop what scores lower; the bundle's where None.
             max_detections: For each image, best first; the bundle's where None.
             batch_size: Images in a batch; where None, 8 on a GPU and 1 on a CPU.

@@ -41,8 +41,8 @@ _BACKBONE_NORM_EPS = {
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 _BODY, _COUNTER = "backbone.body.", ".num_batches_tracked"
 
-# Layers that torchvision has renamed since it published its first COCO weights. Its modules rename them
-# while they load (`_load_from_state_dict`); here it is done when a bundle is made.
+# Layers that torchvision has renamed since it published its first COCO weights. Its modules rename
+# them while they load (`_load_from_state_dict`); here it is done when a bundle is made.
 _RENAMED = {
     "rpn.head.conv": "rpn.head.conv.0.0",
     **{f"roi_heads.mask_head.mask_fcn{i + 1}": f"roi_heads.mask_head.{i}.0" for i in range(4)},
@@ -53,7 +53,8 @@ _RENAMED = {
     },
 }
 
-# What `torch.load` raises for damaged bytes and for those of other formats, found by flipping bytes.
+# What `torch.load` raises for damaged bytes and for those of other formats, found by flipping
+# bytes.
 _DAMAGE = (
     SafetensorError,
     OSError,
@@ -92,8 +93,8 @@ def random_bundle(settings: ModelSettings, categories: Sequence[Category], seed:
 def coco_bundle(arch: Architecture, min_size: int, max_size: int) -> Bundle:
     """Return torchvision's model trained on COCO; its weights are downloaded on first use.
 
-    The heads keep torchvision's 91 outputs, so that results are the published ones; the labels that COCO
-    never used have no category.
+    The heads keep torchvision's 91 outputs, so that results are the published ones; the labels that
+    COCO never used have no category.
 
     Raises:
         WeightsError: torchvision publishes none for `arch`.
@@ -130,7 +131,8 @@ def coco_bundle(arch: Architecture, min_size: int, max_size: int) -> Bundle:
 def imagenet_bundle(settings: ModelSettings, categories: Sequence[Category], seed: int) -> Bundle:
     """Return a bundle with torchvision's ImageNet backbone below random heads.
 
-    The epsilon of the backbone's normalisation is the one it was trained with, whatever `settings` say.
+    The epsilon of the backbone's normalisation is the one it was trained with, whatever `settings`
+    say.
     """
     weights = _BACKBONE_WEIGHTS[settings.arch]
     settings = replace(settings, norm_eps=_BACKBONE_NORM_EPS[settings.arch])

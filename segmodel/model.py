@@ -1,7 +1,7 @@
 """The architectures: settings in, a Mask R-CNN (He et al., https://arxiv.org/abs/1703.06870) out.
 
-All three are torchvision's `MaskRCNN` module: backbone with feature pyramid, region proposal network,
-RoIAlign, class and box head, and one binary mask for each instance and class.
+All three are torchvision's `MaskRCNN` module: backbone with feature pyramid, region proposal
+network, RoIAlign, class and box head, and one binary mask for each instance and class.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,14 @@ from torchvision.ops.poolers import LevelMapper
 from segmodel.settings import ModelSettings
 
 # The small one: features of MobileNetV3-Large after its 14th block. The 15th block and the last
-# convolution hold a third of the weights and bring it over 16 MB; 96 channels and a 192-wide box head
-# make 3.8 million weights, 15 MB in float32.
+# convolution hold a third of the weights and bring it over 16 MB; 96 channels and a 192-wide box
+# head make 3.8 million weights, 15 MB in float32.
 SMALL_LAYERS = {"3": "0", "6": "1", "12": "2", "14": "3"}
 SMALL_LAYER_CHANNELS = [24, 40, 112, 160]
 SMALL_CHANNELS = 96
 SMALL_BOX_WIDTH = 192
-# Three for each detection that may be kept; torchvision takes 1000, and each costs RoIAlign and box head.
+# Three for each detection that may be kept; torchvision takes 1000, and each costs RoIAlign and box
+# head.
 SMALL_PROPOSALS = 300
 SMALL_ANCHORS = (16, 32, 64, 128, 256)
 
@@ -115,8 +116,8 @@ def _freeze_batch_norm(module: nn.Module) -> None:
 def _set_scales(pool: MultiScaleRoIAlign) -> None:
     """Set what the module otherwise infers from the first batch that it sees, and then keeps.
 
-    It compares the height of the features with that of the image before padding: an image that is much
-    lower than the padding's 32 pixels would spoil the results of every image after it.
+    It compares the height of the features with that of the image before padding: an image that is
+    much lower than the padding's 32 pixels would spoil the results of every image after it.
     """
     levels = range(FIRST_POOLED_LEVEL, LAST_POOLED_LEVEL + 1)
     pool.scales = [2.0**-level for level in levels]

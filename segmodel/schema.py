@@ -54,7 +54,8 @@ PREDICTIONS = pa.schema(_COLUMNS)
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
-# The metadata under which the Hugging Face `datasets` library finds that `image` is an Image feature.
+# The metadata under which the Hugging Face `datasets` library finds that `image` is an Image
+# feature.
 _HUGGINGFACE = b'{"info": {"features": {"image": {"_type": "Image"}}}}'
 
 TRAINING = PREDICTIONS.append(pa.field("image", IMAGE)).with_metadata({"huggingface": _HUGGINGFACE})
@@ -83,7 +84,8 @@ class Detections:
         boxes_xyxy: (N, 4) float32, pixels of the upright original image.
         scores: (N,) float32, 0..1, descending.
         labels: (N,) int64, the network's output index, 1 or more.
-        mask_probs: (N, M, M) float32, 0..1, each over its own box; None where only boxes were asked.
+        mask_probs: (N, M, M) float32, 0..1, each over its own box; None where only boxes were
+            asked.
         size_hw: Height and width of the upright original image.
 
     Raises:
@@ -118,7 +120,12 @@ class Detections:
 
 
 def image_id(shard: str, key: str) -> str:
-    """Return the id of an image: its shard's path relative to the input root, `#`, its key there."""
+    """Return an image's id: its shard's path relative to the input root, `#`, its key there.
+
+    A `#` in the path, where the id would no longer say what is the shard, becomes `%23`, and `%`
+    `%25`.
+    """
+    shard = shard.replace("%", "%25").replace("#", "%23")
     return f"{shard}#{key}"
 
 
@@ -129,7 +136,8 @@ def detection_rows(
 
     Args:
         detections: N detections.
-        rles: Their N masks, or None where only boxes were asked; then area and segmentation are null.
+        rles: Their N masks, or None where only boxes were asked; then area and segmentation are
+            null.
         categories: By label. Labels without a category (gaps of COCO's 91) are left out.
 
     Returns:

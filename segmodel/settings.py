@@ -10,8 +10,8 @@ Norm = Literal["batch", "frozen"]
 Architecture = Literal["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "small"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
-# Shorter side, longer side, in pixels: torchvision's for the large ones; the small one is for laptops,
-# and its cost grows with the area.
+# Shorter side, longer side, in pixels: torchvision's for the large ones; the small one is for
+# laptops, and its cost grows with the area.
 DEFAULT_SIZES: Mapping[Architecture, tuple[int, int]] = {
     "maskrcnn_resnet50_fpn": (800, 1333),
     "maskrcnn_resnet50_fpn_v2": (800, 1333),

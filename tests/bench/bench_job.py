@@ -1,7 +1,8 @@
 """What the pipeline itself costs, and what it holds in memory.
 
-The same scenes as JPEGs in shards, the same small model, two ways: `segjobs predict` as a user runs it, and a
-bare loop over the same `Predictor` in one process with as many threads as the job's actors have together.
+The same scenes as JPEGs in shards, the same small model, two ways: `segjobs predict` as a user runs
+it, and a bare loop over the same `Predictor` in one process with as many threads as the job's
+actors have together.
 """
 
 import io

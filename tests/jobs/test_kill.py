@@ -84,7 +84,8 @@ def test_a_driver_killed_at_random_moments_loses_nothing(
     progress = []
     for _ in range(KILLS):
         process = start(photos, output, tiny_bundle)
-        # Some die before their first chunk, while they plan or wait for the actor; most amid the work.
+        # Some die before their first chunk, while they plan or wait for the actor; most amid the
+        # work.
         more = int(rng.integers(0, 4))
         if more:
             wait_for_chunks(process, output, finished(output) + more)
