@@ -70,7 +70,7 @@ def memory(sizes: tuple[int, ...] = (200, 2000)) -> None:
             shards = folder / f"shards-{num_images}"
             make_shards(shards, num_images, (480, 640))
             peaks[num_images] = job(shards, folder / f"out-{num_images}", model, 4)
-    note = "peak of unique memory (USS) of one process, polled"
+    note = "peak of anonymous memory (RssAnon) of one process, polled"
     rows = [
         row(f"{num_images} images", f"peak of {role}", value, "MiB", note)
         for num_images, roles in peaks.items()
@@ -143,12 +143,12 @@ def job(shards: Path, output: Path, model: Path, detections: int) -> dict[str, f
 
 
 def now(driver: int) -> Iterator[tuple[str, float]]:
-    """Yield role and unique memory in MiB of the driver and of Ray's workers that it started."""
+    """Yield role and memory in MiB of the driver and of Ray's workers that it started."""
     for process in [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]:
         try:
             title = " ".join(process.cmdline())
-            used = process.memory_full_info().uss / 2**20
-        except psutil.Error:
+            used = anonymous_mib(process.pid)
+        except (psutil.Error, OSError):
             continue
         if process.pid == driver:
             yield "driver", used
@@ -158,6 +158,14 @@ def now(driver: int) -> Iterator[tuple[str, float]]:
             yield "a reader or writer", used
         elif "raylet" in title.split(" ")[0] or "gcs_server" in title.split(" ")[0]:
             yield "raylet or GCS", used
+
+
+def anonymous_mib(pid: int) -> float:
+    """Return what a process holds for itself: not libraries, not the object store's shared pages."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+    return 0.0
 
 
 def steady_rate(output: Path) -> float:

@@ -221,7 +221,7 @@ def test_stream_takes_images_only_as_it_needs_them(small: Bundle, image: MakeIma
     def images() -> Iterator[tuple[int, Image]]:
         for number in range(100, 108):
             taken.append(number)
-            yield number, image(65 + number % 2, 64)
+            yield number, image(70 + 2 * (number % 2), 64)
 
     stream = Predictor(small, "cpu").stream(images())
     assert next(stream)[0] == 100
@@ -229,7 +229,7 @@ def test_stream_takes_images_only_as_it_needs_them(small: Bundle, image: MakeIma
     assert next(stream)[0] == 101
     assert taken == [100, 101]
     taken.clear()
-    # 65 and 66 rows are padded alike, so the first four make the first batch of four.
+    # 70 and 72 rows are padded alike, so the first four make the first batch of four.
     numbers = [number for number, _ in Predictor(small, "cpu", batch_size=4).stream(images())]
     assert numbers == taken == list(range(100, 108))
 
@@ -271,6 +271,38 @@ def test_two_threads_find_what_one_finds(
         for order, found in zip(orders, threads.map(predict, orders), strict=True):
             for n, detections in zip(order, found, strict=True):
                 assert_equal(detections, alone[n])
+
+
+def test_one_batch_is_in_the_network_at_a_time(small: Bundle, image: MakeImage) -> None:
+    """The device's memory holds one batch, however many threads there are."""
+    predictor = Predictor(small, "cpu", masks=False)
+    inside = most = 0
+    another = threading.Event()
+
+    def enter(*_: object) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        if inside > 1:
+            another.set()
+        # Time for the other thread to come in, if it can.
+        another.wait(0.2)
+
+    def leave(*_: object) -> None:
+        nonlocal inside
+        inside -= 1
+
+    predictor.model.backbone.register_forward_pre_hook(enter)
+    predictor.model.roi_heads.register_forward_hook(leave)
+    start = threading.Barrier(2)
+
+    def predict(_number: int) -> None:
+        start.wait()
+        predictor.predict([image(64, 64)])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(predict, range(2)))
+    assert (most, inside) == (1, 0)
 
 
 def test_no_images_give_no_detections(predictor: Predictor) -> None:

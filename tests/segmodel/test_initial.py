@@ -461,7 +461,7 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path) -> N
     torch.save({"a": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
     legacy = path.read_bytes()
     read = refused = 0
-    for number in range(1500):
+    for number in range(800):
         data = bytearray((zipped, legacy)[number % 2])
         for _ in range(rng.choice([1, 3, 10])):
             data[rng.randrange(len(data))] = rng.randrange(256)
@@ -471,8 +471,8 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path) -> N
             read += 1
         except WeightsError:
             refused += 1
-    assert read > 50
-    assert refused > 500
+    assert read > 25
+    assert refused > 250
 
 
 @pytest.mark.parametrize(
