@@ -32,7 +32,7 @@ DETECTIONS = 20
 POLL_S = 0.2
 
 
-def cost(num_images: int = 400, repeats: int = 3) -> None:
+def cost(num_images: int = 300, repeats: int = 2) -> None:
     """Measure images/s of the job against the bare loop, in turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
