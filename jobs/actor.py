@@ -29,6 +29,7 @@ class Pool:
     Attributes:
         min_actors: The pool never has fewer.
         max_actors: Nor more.
+        initial_actors: With how many it starts.
         gpus_per_actor: A share of one GPU, or several; 0 on CPUs.
         threads: For decoding, and on a CPU for the network.
         batch_size: Images in a batch; the device's default where None.
@@ -36,6 +37,7 @@ class Pool:
 
     min_actors: int
     max_actors: int
+    initial_actors: int
     gpus_per_actor: float
     threads: int
     batch_size: int | None

@@ -62,6 +62,9 @@ class PredictConfig:
     max_actors: int | None = option(
         "copies of the model, at most; as many as fit if left out", None
     )
+    initial_actors: int | None = option(
+        "copies of the model to start with; --min-actors if left out", None
+    )
     gpus_per_actor: float | None = option(
         "GPUs of each copy, fractions too; 1 where there is a GPU, else 0", None
     )
@@ -85,6 +88,7 @@ class PredictConfig:
             "batch_size",
             "min_actors",
             "max_actors",
+            "initial_actors",
             "chunk_size",
             "limit",
         ):

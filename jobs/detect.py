@@ -77,14 +77,20 @@ def look(uri: str, format_: Format, endpoint_url: str | None) -> Input:
     if not listing.num_rows:
         raise InputError(f"there is nothing at {uri}: check the path and --endpoint-url")
     kinds = [_kind(path) for path in listing["path"].to_pylist()]
-    if "parquet" in kinds and _is_manifest(store, listing.slice(kinds.index("parquet"), 1)):
-        kinds = ["manifest" if kind == "parquet" else kind for kind in kinds]
+    if "parquet" in kinds:
+        first = listing.slice(kinds.index("parquet"), 1)
+        as_manifest = _is_manifest(store, first) if format_ == "auto" else format_ == "manifest"
+        kinds = ["manifest" if kind == "parquet" and as_manifest else kind for kind in kinds]
     chosen, why = _choose(format_, Counter(kinds), uri)
     kept = listing.filter(pa.array([kind == chosen for kind in kinds]))
     if not kept.num_rows:
         raise InputError(f"nothing at {uri} can be read as {chosen}: check --format")
-    ignored = listing.num_rows - kept.num_rows
-    notes = (f"{ignored} objects that are not {chosen} are ignored",) if ignored else ()
+    hidden = sum(map(_is_hidden, listing["path"].to_pylist()))
+    others = listing.num_rows - kept.num_rows - hidden
+    notes = (
+        *((f"{others} objects that are not {chosen} are ignored",) if others else ()),
+        *((f"{hidden} hidden objects are ignored (a name with a dot in front)",) if hidden else ()),
+    )
     return Input(store=store, format=chosen, why=why, objects=kept, notes=notes)
 
 
@@ -133,30 +139,47 @@ def object_table(objects: Sequence[ObjectInfo]) -> pa.Table:
     return pa.table(columns, schema=OBJECTS)
 
 
+def _is_hidden(path: str) -> bool:
+    """Say whether a file, or a folder above it, is hidden, or is what a Mac adds to archives."""
+    parts = PurePosixPath(path).parts
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
 def _kind(path: str) -> str:
     """Return the format that a name speaks for, or an empty string.
 
-    Hidden files and folders, and folders that start with an underscore (`__MACOSX`, `_plan`), hold
-    no input.
+    What is hidden holds no input, and neither do Parquet files in folders that start with an
+    underscore: those are the tables beside a plan.
     """
     *folders, name = PurePosixPath(path).parts or ("",)
-    if name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders):
+    if _is_hidden(path):
         return ""
     lower = name.lower()
-    return next((kind for kind, suffixes in _SUFFIXES.items() if lower.endswith(suffixes)), "")
+    kind = next((kind for kind, suffixes in _SUFFIXES.items() if lower.endswith(suffixes)), "")
+    if kind == "parquet" and any(folder.startswith("_") for folder in folders):
+        return ""
+    return kind
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Say whether a column of this type may hold encoded images: bytes, or a struct with `bytes`."""
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and holds_images(kind.field(index).type)
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def _is_manifest(store: Store, first: pa.Table) -> bool:
     """Say whether a Parquet object lists images (`uri`) instead of holding them."""
     (found,) = objects_of(first)
     try:
-        names = pq.read_schema(store.open(found, FOOTER_WINDOW)).names
+        schema = pq.read_schema(store.open(found, FOOTER_WINDOW))
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, StorageError | FileNotFoundError):
             raise
         # A damaged shard: indexing it makes the row that says so.
         return False
-    return "uri" in names and "image" not in names
+    return "uri" in schema.names and not any(holds_images(field.type) for field in schema)
 
 
 def _choose(format_: Format, count: Counter[str], uri: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ each image; loose images were listed already.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, BinaryIO, cast
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from jobs import tar
 from jobs.chunks import Chunk
-from jobs.detect import FOOTER_WINDOW, object_table
+from jobs.detect import FOOTER_WINDOW, holds_images, object_table
 from jobs.storage import ObjectInfo, StorageError, Store, open_uri
 
 # A chunk's compressed images travel as one Ray object, and its reader holds them twice.
@@ -126,6 +127,23 @@ def index_parquet(
     ]
 
 
+def own_id_digests(store: Store, info: ObjectInfo) -> list[int]:
+    """Return 64 bits of each image id of a shard in the one schema; nothing of any other shard."""
+    try:
+        file = pq.ParquetFile(store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
+        if not set(OWN_KEYS) <= set(file.schema_arrow.names):
+            return []
+        ids = file.read(columns=["image_id"])["image_id"].to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
+        # Indexing the shard makes the row that says so.
+        return []
+    return [
+        int.from_bytes(blake2b(str(value).encode(), digest_size=8).digest(), "big") for value in ids
+    ]
+
+
 def _image_bytes(metadata: pq.FileMetaData, image_column: str) -> int:
     """Return what a shard's images take in memory: a compressed page may hold ten times its size."""
     columns = (
@@ -181,10 +199,10 @@ def look_up(uris: list[str], endpoint_url: str | None) -> pa.Table:
     """
 
     def head(uri: str) -> ObjectInfo:
-        store, name = open_uri(uri, endpoint_url)
         try:
+            store, name = open_uri(uri, endpoint_url)
             found = store.info(name)
-        except OSError:
+        except (OSError, ValueError):
             found = None
         return ObjectInfo(uri, found.size if found else 0, found.etag if found else "")
 
@@ -219,7 +237,7 @@ def find_image_column(schema: pa.Schema, asked: str | None) -> str:
     Raises:
         ParquetInputError: There is none, or several.
     """
-    candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    candidates = [field.name for field in schema if holds_images(field.type)]
     if asked is not None:
         if asked not in candidates:
             raise ParquetInputError(
@@ -260,15 +278,6 @@ def row_key(row: Mapping[str, Any], number: int, image_column: str) -> str:
     image = row.get(image_column)
     given = row.get("key") or (image.get("path") if isinstance(image, dict) else None)
     return str(given or f"{number:08d}")
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
-    return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    )
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -55,7 +55,7 @@ def _column(store: Store, info: ObjectInfo) -> Iterator[str | None]:
                 for batch in parquet.iter_batches(columns=["uri"]):
                     yield from batch["uri"].to_pylist()
             case _:
-                for line in io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8"):
+                for line in io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8-sig"):
                     if line.strip():
                         row = json.loads(line)
                         yield row.get("uri") if isinstance(row, dict) else None

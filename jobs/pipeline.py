@@ -59,7 +59,7 @@ def run(
                 # An actor without a chunk would load a model for nothing.
                 min_size=min(pool.min_actors, len(work)),
                 max_size=min(pool.max_actors, len(work)),
-                initial_size=min(pool.min_actors, len(work)),
+                initial_size=min(pool.initial_actors, len(work)),
                 max_concurrent_calls_per_actor=CHUNKS_IN_ACTOR,
                 enable_true_multi_threading=True,
             ),

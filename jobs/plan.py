@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -36,6 +37,9 @@ SHARDS_PER_TASK = 8
 TASKS_UNDER_WAY = 256
 # Indexing waits for storage more than it computes.
 INDEX_CPUS = 0.25
+
+
+Result = TypeVar("Result")
 
 
 class PlanError(ValueError):
@@ -100,8 +104,10 @@ def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -
         output: Where the plan's lists of loose images and shards go; nothing is written where None.
 
     Raises:
-        PlanError: There is no image in it.
+        PlanError: There is no image in it, or two of its shards hold the same image id.
     """
+    if found.format == "parquet":
+        _refuse_shared_ids(found)
     plan_id = uuid.uuid4().hex
     folder = f"{PLAN_FOLDER}/{plan_id}"
     planned: list[Chunk] = []
@@ -208,6 +214,33 @@ def finished_chunks(output: Store, folder: str = PREDICTIONS_FOLDER) -> dict[str
     }
 
 
+def _refuse_shared_ids(found: Input) -> None:
+    """Refuse shards in the one schema that share an image id: it has one row in the output.
+
+    Memory: 8 bytes for each image.
+
+    Raises:
+        PlanError: They do.
+    """
+    calls = ((found.store, some) for some in _groups(found.objects))
+    digests = [np.asarray(some, np.uint64) for some in _in_order(_id_digests, calls)]
+    values, times = np.unique(np.concatenate(digests), return_counts=True)
+    if len(values) and times.max() > 1:
+        raise PlanError(
+            f"{int((times > 1).sum())} image ids are in more than one shard of {found.store.uri}: "
+            "take away the shards that are there twice, or rename their column image_id"
+        )
+
+
+def _id_digests(store: Store, objects: pa.Table) -> list[int]:
+    return [value for info in objects_of(objects) for value in index.own_id_digests(store, info)]
+
+
+def _groups(objects: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, objects.num_rows, SHARDS_PER_TASK):
+        yield objects.slice(start, SHARDS_PER_TASK)
+
+
 def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterator[list[Chunk]]:
     """Yield the chunks of the input's objects, in their order."""
     if found.format == "images":
@@ -219,13 +252,8 @@ def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterato
             _index_uris, ((*some, cut, output) for some in _lists_of_uris(found, folder))
         )
     else:
-        groups = (
-            found.objects.slice(start, SHARDS_PER_TASK)
-            for start in range(0, found.objects.num_rows, SHARDS_PER_TASK)
-        )
-        yield from _in_order(
-            _index_shards, ((found.store, some, found.format, cut) for some in groups)
-        )
+        calls = ((found.store, some, found.format, cut) for some in _groups(found.objects))
+        yield from _in_order(_index_shards, calls)
 
 
 def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[Chunk]:
@@ -265,8 +293,8 @@ def _list_images(
 
 
 def _in_order(
-    function: Callable[..., list[Chunk]], calls: Iterator[tuple[Any, ...]]
-) -> Iterator[list[Chunk]]:
+    function: Callable[..., list[Result]], calls: Iterator[tuple[Any, ...]]
+) -> Iterator[list[Result]]:
     """Run calls as Ray tasks, a bounded number at a time, and yield their results in order."""
     task = ray.remote(num_cpus=INDEX_CPUS)(function)
     under_way = deque(task.remote(*call) for call in islice(calls, TASKS_UNDER_WAY))

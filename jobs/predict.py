@@ -106,7 +106,8 @@ def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     """Return what results depend on: the same job may be resumed, another may not."""
     threshold, most = config.score_threshold, config.max_detections
     return {
-        "input": config.input,
+        # As the store names it: however it was spelled, and wherever the command was typed.
+        "input": open_store(config.input, config.endpoint_url).uri,
         "format": config.format,
         "model_digest": bundle.digest,
         "score_threshold": bundle.score_threshold if threshold is None else threshold,
@@ -126,7 +127,8 @@ def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Pl
     frozen = plan.load(output)
     if frozen is not None:
         plan.refuse_other_job(frozen, job, output)
-        if config.frozen_plan:
+        if config.frozen_plan or config.retry_errors:
+            # A retry is there for what was mended since: each read still sees whether it may be used.
             return frozen
     found = look(config.input, config.format, config.endpoint_url)
     if frozen is not None:
@@ -183,9 +185,18 @@ def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
             f"GPUs, room for {most}. Lower --min-actors or --gpus-per-actor (0 uses CPUs), or name a "
             "larger cluster by --address"
         )
+    if not may_grow:
+        max_actors = max(min_actors, min(max_actors, most))
+    initial_actors = config.initial_actors or min_actors
+    if not min_actors <= initial_actors <= max_actors:
+        raise ConfigError(
+            f"--initial-actors {initial_actors} must lie between --min-actors ({min_actors}) and "
+            f"--max-actors ({max_actors})"
+        )
     return Pool(
         min_actors=min_actors,
-        max_actors=max_actors if may_grow else max(min_actors, min(max_actors, most)),
+        max_actors=max_actors,
+        initial_actors=initial_actors,
         gpus_per_actor=share,
         threads=max(1, int(cpus / max_actors)),
         batch_size=config.batch_size,
@@ -219,7 +230,8 @@ def _refuse_nested(config: PredictConfig) -> None:
     Raises:
         ConfigError: It is.
     """
-    source, output = (uri.rstrip("/") + "/" for uri in (config.input, config.output))
+    stores = (open_store(uri, config.endpoint_url) for uri in (config.input, config.output))
+    source, output = (store.uri.rstrip("/") + "/" for store in stores)
     if output.startswith(source):
         raise ConfigError(f"--output {config.output} lies within --input: choose a place outside")
 

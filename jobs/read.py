@@ -195,15 +195,19 @@ def _rows_of(file: pq.ParquetFile, part: Part, columns: list[str]) -> Iterator[d
 
 def _read_objects(chunk: Chunk, source: Source) -> list[Row]:
     def row(info: ObjectInfo) -> Row:
-        folder, _, name = info.path.rpartition("/")
-        return Row(folder, name, *_fetch(source.store, info))
+        folder, slash, name = info.path.rpartition("/")
+        # An S3 key may start with a slash: then the slash is its folder.
+        return Row(folder or slash, name, *_fetch(source.store, info))
 
     return _in_threads(row, _listed(chunk, source))
 
 
 def _read_uris(chunk: Chunk, source: Source) -> list[Row]:
     def row(info: ObjectInfo) -> Row:
-        store, name = open_uri(info.path, source.endpoint_url)
+        try:
+            store, name = open_uri(info.path, source.endpoint_url)
+        except ValueError as error:
+            return Row(chunk.shard, info.path, None, f"missing: {error}")
         return Row(chunk.shard, info.path, *_fetch(store, ObjectInfo(name, info.size, info.etag)))
 
     return _in_threads(row, _listed(chunk, source))

@@ -350,6 +350,8 @@ class S3Store(Store):
             raise StorageError(f"{url}: {_ADVICE.get(code, code)} ({error})") from error
         except botocore.exceptions.NoCredentialsError as error:
             raise StorageError(f"{url}: {_ADVICE['NoCredentials']}") from error
+        except botocore.exceptions.EndpointConnectionError as error:
+            raise StorageError(f"{url}: {error}: check --endpoint-url and the network") from error
         except botocore.exceptions.BotoCoreError as error:
             raise StorageError(f"{url}: {error}") from error
 

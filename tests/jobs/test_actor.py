@@ -42,7 +42,9 @@ def model(ray_local: None, tiny_bundle: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def actor(model: Model) -> Predict:
-    pool = Pool(min_actors=1, max_actors=1, gpus_per_actor=0, threads=2, batch_size=None)
+    pool = Pool(
+        min_actors=1, max_actors=1, initial_actors=1, gpus_per_actor=0, threads=2, batch_size=None
+    )
     return Predict(model, pool)
 
 

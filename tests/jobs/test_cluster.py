@@ -62,5 +62,9 @@ def test_actors_that_do_not_fit_are_refused_unless_the_cluster_may_grow(ray_loca
         _lay_out(asked, may_grow=False)
     pool = _lay_out(asked, may_grow=True)
     assert (pool.min_actors, pool.max_actors, pool.gpus_per_actor) == (2, 8, 0.5)
+    assert pool.initial_actors == 2
+    assert _lay_out(config(max_actors=2, min_actors=1), may_grow=False).initial_actors == 1
+    with pytest.raises(ConfigError, match="--initial-actors 3 must lie between"):
+        _lay_out(config(initial_actors=3, max_actors=2), may_grow=False)
     with pytest.raises(ConfigError, match="room for 3"):
         _lay_out(config(min_actors=4), may_grow=False)

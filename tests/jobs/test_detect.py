@@ -73,18 +73,41 @@ def test_what_holds_no_input_is_ignored_and_counted(place: Any) -> None:
         ".hidden.jpg",
         ".git/a.jpg",
         "__MACOSX/a.jpg",
-        "a/_plan/b.jpg",
+        "a/_plan/b.parquet",
         "a/._b.jpg",
         "README.md",
         "labels.json",
         "noending",
     ]
-    for path in [*ignored, "a/b.jpg", "_c.jpg"]:
+    for path in [*ignored, "a/b.jpg", "_c.jpg", "_train/d.jpg"]:
         store.put(path, b"1")
     found = look(uri, "auto", endpoint)
-    assert paths(found) == ["_c.jpg", "a/b.jpg"]
-    assert found.why == "2 of 10 objects are images, and none is of another format"
-    assert found.notes == ("8 objects that are not images are ignored",)
+    assert paths(found) == ["_c.jpg", "_train/d.jpg", "a/b.jpg"]
+    assert found.why == "3 of 11 objects are images, and none is of another format"
+    assert found.notes == (
+        "4 objects that are not images are ignored",
+        "4 hidden objects are ignored (a name with a dot in front)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "auto"),
+    [
+        ({"jpg": [b"1"], "uri": ["x"]}, "parquet"),
+        ({"image": ["a.jpg"], "uri": ["x"]}, "manifest"),
+    ],
+)
+def test_parquet_is_told_apart_by_its_types_and_a_format_asked_for_holds(
+    place: Any, columns: dict[str, list[Any]], auto: str
+) -> None:
+    store, uri, endpoint = place
+    data = io.BytesIO()
+    pq.write_table(pa.table(columns), data)
+    store.put("a.parquet", data.getvalue())
+    assert look(uri, "auto", endpoint).format == auto
+    for asked in ("parquet", "manifest"):
+        found = look(uri, asked, endpoint)  # type: ignore[arg-type]
+        assert (found.format, paths(found)) == (asked, ["a.parquet"])
 
 
 def test_mixtures_are_refused_in_words(place: Any) -> None:

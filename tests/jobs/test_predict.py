@@ -379,7 +379,7 @@ def test_retry_errors_redoes_only_rows_in_error(
     repaired.write_bytes(photos["00 ü#.jpeg"])
     capsys.readouterr()
 
-    assert predict(source, output, tiny_bundle, "--retry-errors", "--frozen-plan") == 0
+    assert predict(source, output, tiny_bundle, "--retry-errors") == 0
     assert "3 images in" in capsys.readouterr().out
     after = by_name(rows_of(output))
     assert after["cut.jpg"]["status"] == "ok"
@@ -430,6 +430,32 @@ def test_an_output_within_the_input_is_refused(
 ) -> None:
     assert predict(f"{local_table}/tars", f"{local_table}/tars/out", tiny_bundle) == 2
     assert "lies within --input" in capsys.readouterr().err
+
+
+def test_the_same_input_spelled_otherwise_is_the_same_job(
+    local_table: Path,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(local_table)
+    assert predict("./tars/", "out", tiny_bundle) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert predict("./tars", "tars/out", tiny_bundle) == 2
+    assert "lies within --input" in capsys.readouterr().err
+
+
+def test_packed_shards_that_share_an_image_id_are_refused(
+    tmp_path: Path, ray_local: Any, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"shard": "t", "key": "a", "image_id": "t#a", "image": {"bytes": b"x", "path": "a"}}
+    columns = [TRAINING.field(name) for name in ("image_id", "shard", "key", "image")]
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        table = pa.Table.from_pylist([row], pa.schema(columns))
+        pq.write_table(table, tmp_path / "in" / f"{number}.parquet")
+    assert predict(str(tmp_path / "in"), str(tmp_path / "out"), tiny_bundle) == 1
+    assert "1 image ids are in more than one shard" in capsys.readouterr().err
 
 
 def test_more_gpus_than_there_are_is_refused(
