@@ -102,17 +102,19 @@ def _write_shards(folder: Path, made: Sequence[Scene], names: Sequence[str]) -> 
 
 def _show_rows(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title=f"The table's first rows, of {len(rows)}", title_justify="left")
-    for name in ("image_id", "height", "width", "status", "detections", "best", "bbox", "area"):
+    table.add_column("image_id", no_wrap=True)
+    for name in ("size", "status", "found", "best", "bbox"):
         table.add_column(name)
     for row in rows[:ROWS_SHOWN]:
         found = row["detections"]
         best = found[0] if found else None
         table.add_row(
-            *(str(row[name]) for name in ("image_id", "height", "width", "status")),
+            row["image_id"],
+            f"{row['height']} x {row['width']}",
+            row["status"],
             str(len(found)),
             f"{best['category']} {best['score']:.2f}" if best else "",
             " ".join(f"{value:.0f}" for value in best["bbox"]) if best else "",
-            f"{best['area']:.0f}" if best else "",
         )
     console.print(table)
 

@@ -30,32 +30,43 @@ CHUNK_SIZE = 16
 # What a trained model finds in a busy picture; random weights find as many as are allowed.
 DETECTIONS = 20
 POLL_S = 0.2
+CORES = len(psutil.Process().cpu_affinity())
 
 
-def cost(num_images: int = 300, repeats: int = 2) -> None:
+def cost(num_images: int = 300, repeats: int = 1) -> None:
     """Measure images/s of the job against the bare loop, in turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_bundle(folder / "model", min_size=320)
         make_shards(folder / "shards", num_images, (480, 640))
-        steady, whole, bare = [], [], []
+        steady, whole, bare, two = [], [], [], []
         for repeat in range(repeats):
-            bare.append(bare_loop(folder, model))
+            bare.append(bare_loop(folder, model, CORES))
+            two.append(bare_loops(folder, model))
             output = folder / f"out-{repeat}"
             started = time.perf_counter()
             job(folder / "shards", output, model, DETECTIONS)
             whole.append(num_images / (time.perf_counter() - started))
             steady.append(steady_rate(output))
     case = f"small model at 320 px, {num_images} scenes of 640x480, {DETECTIONS} detections"
-    note = f"median of {repeats}, bare loop and job in turns"
+    note = f"median of {repeats}, bare loops and job in turns"
     ratio = statistics.median(s / b for s, b in zip(steady, bare, strict=True))
+    like = statistics.median(s / b for s, b in zip(steady, two, strict=True))
     results.add(
         "job against bare loop",
         [
             row(case, "bare loop over Predictor", statistics.median(bare), "images/s", note),
+            row(
+                case,
+                "bare loops, a process of one thread for each core",
+                statistics.median(two),
+                "images/s",
+                note,
+            ),
             row(case, "job, steady", statistics.median(steady), "images/s", note),
             row(case, "job, with start-up", statistics.median(whole), "images/s", note),
             row(case, "job, steady / bare loop", ratio, "ratio", note),
+            row(case, "job, steady / bare loops of its own layout", like, "ratio", note),
         ],
     )
 
@@ -177,22 +188,34 @@ def steady_rate(output: Path) -> float:
     return float(images / (times[-1] - times[skipped - 1]))
 
 
-def bare_loop(folder: Path, model: Path) -> float:
+def bare_loop(folder: Path, model: Path, threads: int) -> float:
     """Return images/s of a loop over `Predictor` in a fresh process, without its start-up."""
-    command = [sys.executable, "-m", "tests.bench.bench_job", str(folder / "shards"), str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(_bare_command(folder, model, threads), capture_output=True, check=True)
     return float(done.stdout)
 
 
-def _bare(shards: Path, model: Path) -> float:
+def bare_loops(folder: Path, model: Path) -> float:
+    """Return images/s of as many such processes at once as there are cores, of one thread each."""
+    running = [
+        subprocess.Popen(_bare_command(folder, model, 1), stdout=subprocess.PIPE)
+        for _ in range(CORES)
+    ]
+    return sum(float(process.communicate()[0]) for process in running)
+
+
+def _bare_command(folder: Path, model: Path, threads: int) -> list[str]:
+    module = [sys.executable, "-m", "tests.bench.bench_job"]
+    return [*module, str(folder / "shards"), str(model), str(threads)]
+
+
+def _bare(shards: Path, model: Path, threads: int) -> float:
     import torch
 
     from segmodel import masks
     from segmodel.images import decode
     from segmodel.inference import Predictor
 
-    cores = len(psutil.Process().cpu_affinity())
-    torch.set_num_threads(cores)
+    torch.set_num_threads(threads)
     masks.warm_up()
     predictor = Predictor(bundle.load(model), "cpu", score_threshold=0, max_detections=DETECTIONS)
     contents = []
@@ -201,7 +224,7 @@ def _bare(shards: Path, model: Path) -> float:
             contents += [shard.extractfile(member).read() for member in shard]  # type: ignore[union-attr]
     predictor.predict([decode(contents[0])])
     started = time.perf_counter()
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         # Decoding runs ahead of the network, as in the job.
         for _, found in predictor.stream(enumerate(pool.map(decode, contents))):
             masks.encode(found.mask_probs, found.boxes_xyxy, found.size_hw)
@@ -209,4 +232,4 @@ def _bare(shards: Path, model: Path) -> float:
 
 
 if __name__ == "__main__":
-    print(_bare(Path(sys.argv[1]), Path(sys.argv[2])))
+    print(_bare(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
