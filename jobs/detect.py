@@ -12,7 +12,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.storage import ObjectInfo, StorageError, Store, open_store, split_uri
+from jobs.storage import open_store, split_uri
+from jobs.store import ObjectInfo, StorageError, Store
 from jobs.tar import IMAGE_SUFFIXES
 
 Format = Literal["auto", "webdataset", "parquet", "images", "manifest"]

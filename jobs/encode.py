@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.envelope import unseal
-from jobs.storage import Store
+from jobs.store import Store
 from jobs.write import Counts, put_chunk, replace_rows
 from segmodel import masks
 from segmodel.schema import PREDICTIONS, Category, Detections, detection_rows

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from jobs import tar
 from jobs.chunks import Chunk
 from jobs.detect import FOOTER_WINDOW, holds_images, object_table
-from jobs.storage import ObjectInfo, StorageError, Store, open_uri
+from jobs.storage import open_uri
+from jobs.store import ObjectInfo, StorageError, Store
 
 # A chunk's compressed images travel as one Ray object, and its reader holds them twice.
 MAX_CHUNK_BYTES = 64 * 2**20

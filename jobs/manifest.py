@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from jobs.detect import InputError
-from jobs.storage import ObjectInfo, StorageError, Store
+from jobs.store import ObjectInfo, StorageError, Store
 
 WINDOW = 8 * 2**20
 

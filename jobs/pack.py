@@ -25,7 +25,8 @@ from jobs.envelope import unseal
 from jobs.plan import Cut, Plan
 from jobs.read import Source
 from jobs.source import READ_CPUS, Chunks, Work
-from jobs.storage import Store, open_store
+from jobs.storage import open_store
+from jobs.store import Store
 from segmodel.images import ImageError, probe
 from segmodel.schema import TRAINING
 

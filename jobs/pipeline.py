@@ -15,7 +15,7 @@ from jobs.cluster import plain_errors
 from jobs.encode import Receipt
 from jobs.read import Source
 from jobs.source import READ_CPUS, Chunks, Work
-from jobs.storage import Store
+from jobs.store import Store
 
 # Encoding is short, so several share a CPU. An actor on a CPU reserves less than it uses: actors
 # that hold every CPU would starve the readers and hang the job.

@@ -24,7 +24,7 @@ from jobs import index
 from jobs.chunks import PREDICTIONS_FOLDER, Chunk
 from jobs.detect import Input, describe_changes, objects_of
 from jobs.manifest import read_uris
-from jobs.storage import Store
+from jobs.store import Store
 
 PLAN, PLAN_FOLDER = "_plan.json", "_plan"
 

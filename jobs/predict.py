@@ -26,7 +26,8 @@ from jobs.detect import look
 from jobs.plan import Plan
 from jobs.read import Source
 from jobs.source import Work
-from jobs.storage import Store, open_store
+from jobs.storage import open_store
+from jobs.store import Store
 from jobs.weights import load_bundle
 from jobs.write import Counts
 from segmodel.bundle import Bundle

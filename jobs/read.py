@@ -14,7 +14,8 @@ from jobs import tar
 from jobs.chunks import Chunk
 from jobs.detect import FOOTER_WINDOW, OBJECTS
 from jobs.index import MAX_IMAGE_BYTES, find_image_column, key_columns, row_key
-from jobs.storage import ChangedError, ObjectInfo, StorageError, Store, open_uri
+from jobs.storage import open_uri
+from jobs.store import ChangedError, ObjectInfo, StorageError, Store
 from segmodel.schema import image_id
 
 # Loose images are small: the wait for each is most of its cost.

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.chunks import PREDICTIONS_FOLDER, output_path
-from jobs.storage import ObjectInfo, Store
+from jobs.store import ObjectInfo, Store
 from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
 MANIFEST, SUCCESS = "_manifest.json", "_SUCCESS"

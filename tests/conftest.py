@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.storage import Store, open_store
+from jobs.storage import open_store
+from jobs.store import Store
 
 # No test asserts a time.
 hypothesis.settings.register_profile("untimed", deadline=None)

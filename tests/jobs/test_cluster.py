@@ -6,7 +6,7 @@ import ray
 from jobs.cluster import connect, plain_errors, resources
 from jobs.config import ConfigError, PredictConfig
 from jobs.predict import _lay_out
-from jobs.storage import StorageError
+from jobs.store import StorageError
 
 pytestmark = pytest.mark.ray
 

@@ -10,7 +10,8 @@ import pytest
 
 from jobs import detect
 from jobs.detect import OBJECTS, InputError, describe_changes, look, object_table, objects_of
-from jobs.storage import ObjectInfo, StorageError, Store, open_store
+from jobs.storage import open_store
+from jobs.store import ObjectInfo, StorageError, Store
 
 
 def parquet(**columns: Any) -> bytes:

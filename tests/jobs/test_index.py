@@ -15,7 +15,8 @@ from jobs import index
 from jobs.chunks import Chunk
 from jobs.detect import OBJECTS, object_table
 from jobs.index import ParquetInputError
-from jobs.storage import ArrowStore, ChangedError, ObjectInfo, StorageError, Store, open_store
+from jobs.storage import ArrowStore, open_store
+from jobs.store import ChangedError, ObjectInfo, StorageError, Store
 from segmodel.schema import TRAINING
 
 TarMaker = Callable[..., bytes]

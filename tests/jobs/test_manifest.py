@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jobs import manifest
 from jobs.detect import InputError
-from jobs.storage import StorageError, Store, open_store
+from jobs.storage import open_store
+from jobs.store import StorageError, Store
 
 
 def uris(store: Store, name: str, data: bytes) -> list[str]:

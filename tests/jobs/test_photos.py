@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.__main__ import main
-from jobs.storage import Store, open_store
+from jobs.storage import open_store
+from jobs.store import Store
 from segmodel import masks
 from segmodel.schema import TRAINING
 

@@ -15,7 +15,8 @@ from jobs.detect import InputError, look
 from jobs.index import ParquetInputError
 from jobs.plan import Cut, Plan, PlanError
 from jobs.read import Source, read_chunk
-from jobs.storage import Store, open_store
+from jobs.storage import open_store
+from jobs.store import Store
 
 JOB = {"input": "in", "model_digest": "abc", "score_threshold": 0.05, "limit": None}
 

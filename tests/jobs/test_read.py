@@ -15,7 +15,8 @@ from jobs import index, plan, read
 from jobs.chunks import Chunk
 from jobs.detect import look
 from jobs.read import IMAGES, Source, read_chunk
-from jobs.storage import ArrowStore, ObjectInfo, StorageError, Store, open_store
+from jobs.storage import ArrowStore, open_store
+from jobs.store import ObjectInfo, StorageError, Store
 from segmodel.schema import TRAINING
 
 TarMaker = Callable[..., bytes]

@@ -18,19 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import storage
-from jobs.storage import (
-    ArrowStore,
-    ChangedError,
-    ObjectInfo,
-    S3Store,
-    StorageError,
-    Store,
-    WindowedFile,
-    open_store,
-    open_uri,
-    split_uri,
-)
+from jobs import s3 as s3_module
+from jobs.s3 import S3Store
+from jobs.storage import ArrowStore, open_store, open_uri, split_uri
+from jobs.store import ChangedError, ObjectInfo, StorageError, Store, WindowedFile
 
 STRANGE_NAMES = [
     "a#b.jpg",
@@ -57,9 +48,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 @pytest.fixture
 def fresh_client() -> Iterator[None]:
     """Clients of the test are made by the test, and forgotten."""
-    storage._s3_client.cache_clear()
+    s3_module._s3_client.cache_clear()
     yield
-    storage._s3_client.cache_clear()
+    s3_module._s3_client.cache_clear()
 
 
 @pytest.fixture
@@ -427,7 +418,7 @@ def test_no_credentials(
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch, fresh_client: None) -> None:
-    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(s3_module, "MAX_ATTEMPTS", 1)
     with pytest.raises(StorageError, match=r"s3://bucket/a: .*http://127\.0\.0\.1:9"):
         open_store("s3://bucket", "http://127.0.0.1:9").read("a")
 
@@ -602,10 +593,10 @@ def test_uris_that_name_no_place(uri: str, words: str) -> None:
 
 def test_endpoint_of_the_environment(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.store("x").put("a", b"1")
-    storage._s3_client.cache_clear()
+    s3_module._s3_client.cache_clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint_url)
     assert open_store(f"{bucket.uri}/x").read("a") == b"1"
-    storage._s3_client.cache_clear()
+    s3_module._s3_client.cache_clear()
 
 
 def test_open_uri_remembers_folders(bucket: Any) -> None:

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import write
-from jobs.storage import Store, open_store
+from jobs.storage import open_store
+from jobs.store import Store
 from jobs.write import Counts, IncompleteError
 from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
