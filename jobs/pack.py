@@ -16,7 +16,7 @@ import ray.data
 
 from jobs import chunks, plan, write
 from jobs.chunks import SHARDS_FOLDER
-from jobs.cluster import connect
+from jobs.cluster import connect, plain_errors
 from jobs.config import PackConfig
 from jobs.console import ImageProgress, console, facts, size
 from jobs.detect import look
@@ -50,7 +50,7 @@ def run(config: PackConfig) -> int:
     )
     sizes = {c.chunk_id: c.num_images for c in chunks.from_table(planned.chunks)}
     done_images = sum(sizes[name] for name in done)
-    with ImageProgress(planned.num_images, done_images) as progress:
+    with ImageProgress(planned.num_images, done_images) as progress, plain_errors():
         if left:
             for batch in _packed(config, planned, [Work(chunk=c) for c in left], output):
                 for receipt in receipts(batch):

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.exceptions import RayTaskError
 
 from jobs import chunks as chunks_
 from jobs import index
 from jobs.chunks import PREDICTIONS_FOLDER, Chunk
+from jobs.cluster import plain_errors
 from jobs.detect import Input, describe_changes, objects_of
 from jobs.manifest import read_uris
 from jobs.store import Store
@@ -111,9 +111,11 @@ def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -
     plan_id = uuid.uuid4().hex
     folder = f"{PLAN_FOLDER}/{plan_id}"
     planned: list[Chunk] = []
+    num_images = 0
     for some in _index(found, cut, folder, output):
         planned += some
-        if cut.limit is not None and sum(chunk.num_images for chunk in planned) >= cut.limit:
+        num_images += sum(chunk.num_images for chunk in some)
+        if cut.limit is not None and num_images >= cut.limit:
             break
     table = chunks_.numbered(chunks_.to_table(planned), cut.limit)
     if not table.num_rows:
@@ -299,11 +301,9 @@ def _in_order(
     task = ray.remote(num_cpus=INDEX_CPUS)(function)
     under_way = deque(task.remote(*call) for call in islice(calls, TASKS_UNDER_WAY))
     while under_way:
-        try:
-            yield ray.get(under_way.popleft())
-        except RayTaskError as error:
-            # What the task said, without the traceback that Ray makes a part of the message.
-            raise error.cause from error
+        with plain_errors():
+            done = ray.get(under_way.popleft())
+        yield done
         under_way.extend(task.remote(*call) for call in islice(calls, 1))
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.chunks import PREDICTIONS_FOLDER, output_path
@@ -50,7 +51,7 @@ def count(table: pa.Table) -> Counts:
     kinds = Counter(
         error.partition(":")[0] for error in table["error"].to_pylist() if error is not None
     )
-    detections = sum(len(found) for found in table["detections"].to_pylist())
+    detections = pc.sum(pc.list_value_length(table["detections"])).as_py() or 0
     return Counts(images=table.num_rows, detections=detections, errors=dict(kinds))
 
 
