@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torchvision.models import MobileNet_V3_Large_Weights, ResNet50_Weights
+from torchvision.models import MobileNet_V3_Large_Weights, ResNet50_Weights, WeightsEnum
 from torchvision.models.detection import (
     MaskRCNN_ResNet50_FPN_V2_Weights,
     MaskRCNN_ResNet50_FPN_Weights,
@@ -122,7 +122,7 @@ def coco_bundle(arch: Architecture, min_size: int, max_size: int) -> Bundle:
             for label, name in enumerate(names)
             if name not in ("__background__", "N/A")
         ),
-        weights=_fitting(settings, weights.get_state_dict(check_hash=True), str(weights)),
+        weights=_fitting(settings, _published(weights), str(weights)),
         provenance={"weights": str(weights), "url": weights.url},
         metrics={"published": weights.meta["_metrics"]},
     )
@@ -139,7 +139,7 @@ def imagenet_bundle(settings: ModelSettings, categories: Sequence[Category], see
     state = _random_state(settings, seed)
     backbone = {
         _BODY + name.removeprefix("features."): tensor
-        for name, tensor in weights.get_state_dict(check_hash=True).items()
+        for name, tensor in _published(weights).items()
     }
     # The classifier, and of MobileNet the last blocks, have no place in a backbone.
     fitting = {name: tensor for name, tensor in backbone.items() if name in state}
@@ -214,6 +214,18 @@ def classes_in(state: Mapping[str, Tensor]) -> int | None:
 def has_frozen_norm(state: Mapping[str, Tensor]) -> bool:
     """Say whether a state dict's backbone has constants: running statistics count their batches."""
     return not any(name.startswith(_BODY) and name.endswith(_COUNTER) for name in state)
+
+
+def _published(weights: WeightsEnum) -> Mapping[str, Tensor]:
+    """Return torchvision's weights: from torch's folder of downloads, or from the network."""
+    try:
+        state: Mapping[str, Tensor] = weights.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"{weights.url} cannot be downloaded: {_first_line(error)}. Where there is no network, "
+            f"put the file into {torch.hub.get_dir()}/checkpoints"
+        ) from error
+    return state
 
 
 def _random_state(settings: ModelSettings, seed: int) -> dict[str, Tensor]:

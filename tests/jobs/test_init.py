@@ -1,6 +1,7 @@
 """`segjobs init`: bundles of random, published and own weights."""
 
 import json
+import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -381,3 +382,17 @@ def test_code_in_a_weights_file_is_not_run(output: Path, listed: str, tmp_path: 
     said = refused(output, weights=str(tmp_path / "evil.pth"), categories=listed)
     assert "evil.pth holds more than plain tensors" in said
     assert not target.exists()
+
+
+def test_weights_that_cannot_be_downloaded_say_where_to_put_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def get_state_dict(_weights: WeightsEnum, **_options: Any) -> State:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+    arguments = ["--arch", "maskrcnn_resnet50_fpn", "--weights", "coco", "--output", str(tmp_path)]
+    assert main(["init", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth cannot be downloaded" in error
+    assert "/checkpoints" in error
