@@ -118,10 +118,41 @@ def decode(rle: Rle) -> npt.NDArray[np.bool_]:
         ValueError: The counts are damaged, or do not fit the size.
     """
     height, width = rle["size"]
+    runs = _runs(rle)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def decode_crop(rle: Rle) -> tuple[int, int, npt.NDArray[np.bool_]]:
+    """Return only the columns of a mask that hold something; the rest is never allocated.
+
+    Returns:
+        Row and column of the image where the crop starts, and the crop, (H, w) bool, of full
+        height; (H, 0) for an empty mask.
+
+    Raises:
+        ValueError: The counts are damaged, or do not fit the size.
+    """
+    height, _ = rle["size"]
+    ends = _runs(rle).cumsum()
+    starts = np.concatenate([[0], ends[:-1]])
+    # Every second run is of the mask, and some of these may be empty.
+    inside = np.flatnonzero(ends[1::2] > starts[1::2]) * 2 + 1
+    if not len(inside):
+        return 0, 0, np.zeros((height, 0), np.bool_)
+    left = int(starts[inside[0]]) // height
+    stop = -(-int(ends[inside[-1]]) // height)
+    clipped = np.clip(ends, left * height, stop * height)
+    runs = np.diff(clipped, prepend=left * height)
+    crop = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(stop - left, height).T
+    return 0, left, crop
+
+
+def _runs(rle: Rle) -> Int64:
+    height, width = rle["size"]
     runs = _read_counts(rle["counts"])
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"the counts of this encoding do not describe {height} x {width} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    return runs
 
 
 def _read_counts(counts: str) -> Int64:
