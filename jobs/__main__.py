@@ -12,11 +12,13 @@ from typing import Any
 from jobs.config import (
     ConfigError,
     DemoConfig,
+    EvaluateConfig,
     InitConfig,
     PackConfig,
     Parser,
     PredictConfig,
     StatusConfig,
+    TrainConfig,
     from_namespace,
     parser_for,
 )
@@ -27,6 +29,8 @@ VERBS: dict[str, type[Any]] = {
     "status": StatusConfig,
     "init": InitConfig,
     "pack": PackConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
     "demo": DemoConfig,
 }
 

@@ -1,13 +1,15 @@
 """Chunks: a fixed range of images of one shard, and the name of the one output object it becomes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from itertools import compress
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 
 PREDICTIONS_FOLDER, SHARDS_FOLDER = "predictions", "shards"
 
+Item = TypeVar("Item")
 Kind = Literal["tar", "parquet", "objects", "uris", "verdict"]
 
 CHUNKS = pa.schema(
@@ -26,6 +28,7 @@ CHUNKS = pa.schema(
         ("list_path", pa.string()),
         ("key", pa.string()),
         ("error", pa.string()),
+        ("keep", pa.binary()),
     ]
 )
 
@@ -51,6 +54,8 @@ class Chunk:
         list_path: `objects` and `uris` only: the list, relative to the output.
         key: Verdict only: the image's key, empty for the shard as a whole.
         error: Verdict only.
+        keep: Where only some of its images are rows of the output: a byte for each image from
+            `start` on, 1 where it is a row, 0 where it is left out. Empty where all are.
     """
 
     chunk_id: str = ""
@@ -67,6 +72,17 @@ class Chunk:
     list_path: str = ""
     key: str = ""
     error: str | None = None
+    keep: bytes = b""
+
+    @property
+    def num_read(self) -> int:
+        """Images from `start` on, those that are left out too."""
+        return len(self.keep) or self.num_images
+
+    def kept(self, images: Sequence[Item]) -> list[Item]:
+        """Return those of all its images that are rows of the output, in their order."""
+        assert len(images) == self.num_read
+        return list(compress(images, self.keep) if self.keep else images)
 
 
 def output_path(chunk_id: str, folder: str = PREDICTIONS_FOLDER) -> str:

@@ -42,7 +42,11 @@ def plain_errors() -> Iterator[None]:
     except RayTaskError as error:
         cause: BaseException | None = error.cause
         while cause is not None:
-            if isinstance(cause, ValueError | OSError) and not isinstance(cause, RayTaskError):
+            if isinstance(cause, RayTaskError):
+                # An actor passed on what one of its tasks raised.
+                cause = cause.cause
+                continue
+            if isinstance(cause, ValueError | OSError):
                 raise cause from None
             cause = cause.__cause__
         raise

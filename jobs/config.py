@@ -146,10 +146,19 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """Pack loose images, shards or a manifest into Parquet shards that `datasets` opens."""
+    """Pack images, with COCO annotations or the rows of a table, into Parquet shards to train on."""
 
     images: str = option("folder, prefix, shard or manifest of images")
     output: str = option("folder or prefix of the shards")
+    annotations: str | None = option(
+        "COCO instances file; images that it does not name are left out", None
+    )
+    predictions: str | None = option(
+        "table of predictions or labels; images without a row are left out", None
+    )
+    score_threshold: float | None = option(
+        "of --predictions: drop detections that score lower", None
+    )
     format: Format = option("how the images are read", "auto")
     shard_size: int = option("images in a shard, at most", 1000)
     address: str | None = option(
@@ -159,6 +168,131 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         _check("shard_size", self.shard_size, lambda v: v >= 1, "1 or more")
+        _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
+        if self.annotations is not None and self.predictions is not None:
+            raise ConfigError("--annotations and --predictions exclude one another: give one")
+        if self.score_threshold is not None and self.predictions is None:
+            raise ConfigError("--score-threshold needs --predictions: other rows have no scores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model on packed shards, distributed; run again with the same output to go on."""
+
+    train: str = option("packed set to train on (`segjobs pack --annotations`)")
+    output: str = option("folder or prefix of checkpoints, curves, and the bundle at the end")
+    val: str | None = option("packed set whose mask AP chooses the best checkpoint", None)
+    model: str | None = option("bundle to start from; else random weights of --arch", None)
+    arch: Architecture | None = option(
+        f"without --model: one of {', '.join(ARCHITECTURES)}; small if left out", None
+    )
+    workers: int | str = option(
+        "training processes: N, or MIN..MAX to go on with what there is; one for each GPU, or 1, if "
+        "left out",
+        0,
+    )
+    epochs: int = option("passes over the training set", 12)
+    batch_size: int = option("images of each worker at a time", 2)
+    accumulate: int = option("batches of each worker in one step", 1)
+    optimizer: Literal["sgd", "adamw"] = option("sgd has momentum", "sgd")
+    learning_rate: float = option(
+        "at its peak for 16 images in a step; scaled linearly to the images of all workers", 0.02
+    )
+    momentum: float = option("of sgd", 0.9)
+    weight_decay: float = option("of weights; biases and normalisation have none", 1e-4)
+    warmup_epochs: float = option("over which the learning rate rises", 0.5)
+    schedule: Literal["cosine", "step"] = option("how the learning rate falls", "cosine")
+    clip_norm: float = option("longest gradient; 0 for no limit", 10.0)
+    ema_decay: float = option("of the average of the weights; 0 for none", 0.999)
+    precision: Precision = option("auto is bf16 on GPUs that have it, else fp32", "auto")
+    norm: Literal["auto", "train", "sync", "frozen"] = option(
+        "batch statistics; auto freezes those of --model, else trains them (over all GPUs: sync)",
+        "auto",
+    )
+    freeze_stages: int = option("stages of the backbone, from the image on, that stay", 0)
+    proposals_per_image: int = option("that class, box and mask heads learn from", 512)
+    min_size: int | None = option("shorter side of the network's input; else the model's", None)
+    max_size: int | None = option("longer side, at most; else the model's", None)
+    crop_size: int | None = option("train on square crops of so many pixels", None)
+    scale_min: float = option("images are scaled by a random factor, at least this", 1.0)
+    scale_max: float = option("and at most this", 1.0)
+    flip: Literal["none", "horizontal", "both"] = option("mirror at random", "horizontal")
+    rotate: bool = option("turn by 90 degrees at random", False)  # noqa: FBT003
+    colour: float = option("strength of random colour changes, 0 to 1", 0.0)
+    copy_paste: float = option("share of images that get instances of another one", 0.0)
+    eval_every: int = option("epochs between two evaluations on --val", 1)
+    checkpoint_every: int = option("steps between two checkpoints, at most", 500)
+    seed: int = option("of weights, order and augmentation", 0)
+    score_threshold: float = option("of the bundle", 0.05)
+    max_detections: int = option("of the bundle", 100)
+    max_failures: int = option("lost workers or nodes until the run gives up", 8)
+    address: str | None = option(
+        "Ray cluster to use; RAY_ADDRESS, then a local Ray, if left out", None
+    )
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "proposals_per_image",
+            "eval_every",
+            "checkpoint_every",
+            "max_detections",
+        ):
+            _check(name, getattr(self, name), lambda v: v >= 1, "1 or more")
+        for name in ("min_size", "max_size", "crop_size"):
+            _check(name, getattr(self, name), lambda v: v >= 32, "32 or more")
+        for name in ("momentum", "ema_decay"):
+            _check(name, getattr(self, name), lambda v: 0 <= v < 1, "0 or more and less than 1")
+        for name in ("colour", "copy_paste", "score_threshold"):
+            _check(name, getattr(self, name), lambda v: 0 <= v <= 1, "from 0 to 1")
+        for name in ("weight_decay", "warmup_epochs", "clip_norm", "max_failures", "seed"):
+            _check(name, getattr(self, name), lambda v: v >= 0, "0 or more")
+        _check("learning_rate", self.learning_rate, lambda v: v > 0, "more than 0")
+        _check("freeze_stages", self.freeze_stages, lambda v: 0 <= v <= 5, "from 0 to 5")
+        if not 0 < self.scale_min <= self.scale_max:
+            raise ConfigError(
+                f"--scale-min ({self.scale_min}) must be more than 0, and at most --scale-max "
+                f"({self.scale_max})"
+            )
+        if self.model is not None and self.arch is not None:
+            raise ConfigError("--model brings its architecture: leave --arch out")
+        _ = self.worker_range
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The fewest and the most workers; None where it is left to the cluster."""
+        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(self.workers))
+        if found is not None:
+            least, most = int(found[1]), int(found[2] or found[1])
+            if 1 <= least <= most:
+                return least, most
+            if most == 0:
+                return None
+        raise ConfigError(f"--workers must be N or MIN..MAX, such as 2 or 1..4, not {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Compare predictions with the truth: COCO's AP of boxes and masks, per category, and plots."""
+
+    predictions: str = option("output of predict, or another folder of Parquet in the one schema")
+    annotations: str = option("the truth: a COCO instances JSON, or a packed set")
+    output: str | None = option("folder or prefix for metrics.json and the plots", None)
+    subset: bool = option("leave out predictions of images that the truth has not", False)  # noqa: FBT003
+    score_threshold: float = option(
+        "of the confusion matrix: detections that score lower do not count; AP takes all", 0.5
+    )
+    address: str | None = option(
+        "Ray cluster to use; if left out RAY_ADDRESS or a local Ray, and none for small tables",
+        None,
+    )
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
 """What a person sees: tables, progress, numbers with units."""
 
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +14,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -102,4 +104,66 @@ class ImageProgress:
             rate = (self.done - self._first) / (self._logged - self._started)
             left = duration((self.total - self.done) / rate)
             console.print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left")
+            sys.stdout.flush()
+
+
+class TrainingProgress:
+    """How far a training is: a bar with losses, images/s and time left; without a terminal, lines."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+        self._logged = -math.inf
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                speed_estimate_period=120,
+            )
+            self._task = self._bar.add_task("", total=1.0)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, point: Mapping[str, Any]) -> None:
+        """Show a step, an evaluation or a checkpoint, as the workers post them."""
+        if "loss" in point:
+            self._show_step(point)
+        elif "box_AP" in point:
+            scores = ", ".join(
+                f"{name.replace('_', ' ')} {point[name]:.3f}"
+                for name in ("mask_AP", "mask_AP50", "box_AP", "box_AP50")
+                if name in point
+            )
+            console.print(f"epoch {point['epoch']:.1f}: {scores}")
+
+    def _show_step(self, point: Mapping[str, Any]) -> None:
+        parts = ", ".join(
+            f"{name.removeprefix('loss_')} {value:.3f}"
+            for name, value in point.items()
+            if name.startswith("loss_")
+        )
+        words = (
+            f"epoch {point['epoch']:.1f} of {self._epochs}, loss {point['loss']:.3f} ({parts}), "
+            f"{point['images_per_second']:.1f} images/s"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=point["share"], description=words)
+        elif time.monotonic() - self._logged >= LOG_EVERY_S:
+            self._logged = time.monotonic()
+            console.print(f"{100 * point['share']:.0f} %, {words}")
             sys.stdout.flush()

@@ -124,7 +124,7 @@ def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -
             f"(read as {found.format}): check --input and --format"
         )
     if output is not None:
-        _put_table(output, f"{folder}/objects.parquet", found.objects)
+        put_table(output, f"{folder}/objects.parquet", found.objects)
     damaged = sum(chunk.kind == "verdict" and not chunk.key for chunk in planned)
     damage = (f"{damaged} shards are damaged: each has a row that says how",) if damaged else ()
     return Plan(
@@ -148,7 +148,7 @@ def freeze(output: Store, plan: Plan) -> Plan:
     Raises:
         PlanError: The faster one planned another job.
     """
-    _put_table(output, f"{PLAN_FOLDER}/{plan.plan_id}/chunks.parquet", plan.chunks)
+    put_table(output, f"{PLAN_FOLDER}/{plan.plan_id}/chunks.parquet", plan.chunks)
     head = {name: value for name, value in vars(plan).items() if name != "chunks"}
     data = json.dumps(head, indent=2, ensure_ascii=False, sort_keys=True).encode()
     if output.put_if_absent(PLAN, data):
@@ -225,7 +225,7 @@ def _refuse_shared_ids(found: Input) -> None:
         PlanError: They do.
     """
     calls = ((found.store, some) for some in _groups(found.objects))
-    digests = [np.asarray(some, np.uint64) for some in _in_order(_id_digests, calls)]
+    digests = [np.asarray(some, np.uint64) for some in in_order(_id_digests, calls)]
     values, times = np.unique(np.concatenate(digests), return_counts=True)
     if len(values) and times.max() > 1:
         raise PlanError(
@@ -250,12 +250,12 @@ def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterato
             some = found.objects.slice(start, OBJECTS_PER_LIST)
             yield _list_images(some, f"{folder}/list-{number:05d}.parquet", cut, "", output)
     elif found.format == "manifest":
-        yield from _in_order(
+        yield from in_order(
             _index_uris, ((*some, cut, output) for some in _lists_of_uris(found, folder))
         )
     else:
         calls = ((found.store, some, found.format, cut) for some in _groups(found.objects))
-        yield from _in_order(_index_shards, calls)
+        yield from in_order(_index_shards, calls)
 
 
 def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[Chunk]:
@@ -290,11 +290,11 @@ def _list_images(
     """Cut loose images into chunks and write their list, each chunk as one row group."""
     planned = index.index_objects(objects, list_path, cut.chunk_size, shard)
     if output is not None:
-        _put_table(output, list_path, objects, [chunk.num_images for chunk in planned])
+        put_table(output, list_path, objects, [chunk.num_images for chunk in planned])
     return planned
 
 
-def _in_order(
+def in_order(
     function: Callable[..., list[Result]], calls: Iterator[tuple[Any, ...]]
 ) -> Iterator[list[Result]]:
     """Run calls as Ray tasks, a bounded number at a time, and yield their results in order."""
@@ -307,9 +307,10 @@ def _in_order(
         under_way.extend(task.remote(*call) for call in islice(calls, 1))
 
 
-def _put_table(
+def put_table(
     output: Store, path: str, table: pa.Table, rows_per_group: list[int] | None = None
 ) -> None:
+    """Write a table beside a plan, as row groups of the sizes given or as one."""
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink, table.schema, compression="zstd", write_page_checksum=True

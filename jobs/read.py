@@ -1,11 +1,15 @@
-"""Chunks to tables of image bytes: one reader for each format, one row for each planned image."""
+"""Chunks to tables of image bytes: one reader for each format, one row for each planned image.
+
+`read_names` says who a chunk's images are, at the cost of headers and columns of names.
+"""
 
 import contextlib
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain, islice
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +17,16 @@ import pyarrow.parquet as pq
 from jobs import tar
 from jobs.chunks import Chunk
 from jobs.detect import FOOTER_WINDOW, OBJECTS
-from jobs.index import MAX_IMAGE_BYTES, find_image_column, key_columns, row_key
+from jobs.index import (
+    HOP_FROM_MEAN_BYTES,
+    HOP_WINDOW,
+    MAX_IMAGE_BYTES,
+    OWN_KEYS,
+    READ_THROUGH_WINDOW,
+    find_image_column,
+    key_columns,
+    row_key,
+)
 from jobs.storage import open_uri
 from jobs.store import ChangedError, ObjectInfo, StorageError, Store
 from segmodel.schema import image_id
@@ -32,6 +45,8 @@ IMAGES = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+
+NAMES = pa.schema([IMAGES.field(name) for name in OWN_KEYS])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +108,9 @@ def read_chunk(chunk: Chunk, source: Source) -> pa.Table:
     try:
         rows = readers[chunk.kind](chunk, source)
     except ChangedError as error:
-        rows = _rest_in_error(chunk, 0, f"changed: {error}")
+        rows = chunk.kept(_rest_in_error(chunk, 0, f"changed: {error}"))
     except FileNotFoundError as error:
-        rows = _rest_in_error(chunk, 0, f"missing: {error}")
+        rows = chunk.kept(_rest_in_error(chunk, 0, f"missing: {error}"))
     assert len(rows) == chunk.num_images, f"{chunk} gave {len(rows)} rows"
     columns = [
         [row.image_id or image_id(row.shard, row.key) for row in rows],
@@ -107,13 +122,48 @@ def read_chunk(chunk: Chunk, source: Source) -> pa.Table:
     return pa.table(columns, schema=IMAGES)
 
 
+def read_names(chunk: Chunk, source: Source) -> pa.Table:
+    """Return who the images of a chunk are, in their order, without reading any: a table of `NAMES`.
+
+    Raises:
+        StorageError: The shard is no longer what was planned, or the store failed.
+    """
+    readers: dict[str, Callable[[Chunk, Source], list[Row]]] = {
+        "tar": _tar_names,
+        "parquet": _parquet_names,
+        "objects": lambda *of: [_object_row(info) for info in _listed(*of)],
+        "uris": lambda *of: [Row(chunk.shard, info.path, None) for info in _listed(*of)],
+        "verdict": lambda chunk, _: [Row(chunk.shard, chunk.key, None)],
+    }
+    rows = readers[chunk.kind](chunk, source)
+    columns = [
+        [row.image_id or image_id(row.shard, row.key) for row in rows],
+        [row.shard for row in rows],
+        [row.key for row in rows],
+    ]
+    return pa.table(columns, schema=NAMES)
+
+
+def _tar_names(chunk: Chunk, source: Source) -> list[Row]:
+    hop = chunk.num_bytes > HOP_FROM_MEAN_BYTES * chunk.num_read
+    info = ObjectInfo(chunk.shard, chunk.size, chunk.etag)
+    file = source.store.open(info, HOP_WINDOW if hop else READ_THROUGH_WINDOW)
+    file.seek(chunk.byte_start)
+    renamed = dict(chunk.renamed)
+    numbers = range(chunk.start, chunk.start + chunk.num_read)
+    found = tar.members(cast(BinaryIO, file), until_end=False)
+    # In this order: a member too many would be read, and behind the last one is the archive's end.
+    members = zip(numbers, found, strict=False)
+    return chunk.kept([Row(chunk.shard, renamed.get(n, member.key), None) for n, member in members])
+
+
 def _read_tar(chunk: Chunk, source: Source) -> list[Row]:
     span = chunk.byte_start, chunk.byte_stop
     data = source.store.read(chunk.shard, span, chunk.etag)
     renamed = dict(chunk.renamed)
     rows: list[Row] = []
     found = tar.members(io.BytesIO(data), until_end=False)
-    numbers = range(chunk.start, chunk.start + chunk.num_images)
+    numbers = range(chunk.start, chunk.start + chunk.num_read)
     with contextlib.suppress(tar.DamagedTarError):
         for number, member in zip(numbers, found, strict=False):
             content = data[member.data_start : member.data_start + member.size]
@@ -122,25 +172,38 @@ def _read_tar(chunk: Chunk, source: Source) -> list[Row]:
             rows.append(Row(chunk.shard, renamed.get(number, member.key), content))
     # Its size and etag say that it is the same, its headers that it is not.
     changed = "changed: the tar does not hold what was planned"
-    return rows + _rest_in_error(chunk, len(rows), changed)
+    return chunk.kept(rows + _rest_in_error(chunk, len(rows), changed))
 
 
 def _read_parquet(chunk: Chunk, source: Source) -> list[Row]:
     info = ObjectInfo(chunk.shard, chunk.size, chunk.etag)
     file = pq.ParquetFile(source.store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
     column = find_image_column(file.schema_arrow, source.image_column)
+    # The names first: where a page of images is damaged, the rows in error still have their own.
+    named = iter(_named_rows(chunk, file, column))
+    rows: list[Row] = []
+    for part in _parts(file, chunk.start, chunk.num_read):
+        rows += _with_images(list(islice(named, part.num_rows)), file, part, column)
+    return chunk.kept(rows)
+
+
+def _parquet_names(chunk: Chunk, source: Source) -> list[Row]:
+    info = ObjectInfo(chunk.shard, chunk.size, chunk.etag)
+    file = pq.ParquetFile(source.store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
+    column = find_image_column(file.schema_arrow, source.image_column)
+    return chunk.kept(_named_rows(chunk, file, column))
+
+
+def _named_rows(chunk: Chunk, file: pq.ParquetFile, column: str) -> list[Row]:
+    """Return a row without an image for each that is read."""
     names = key_columns(file.schema_arrow, column)
     renamed = dict(chunk.renamed)
-    rows: list[Row] = []
-    for part in _parts(file, chunk.start, chunk.num_images):
-        # The names first: where a page of images is damaged, the rows in error still have their
-        # own.
-        named = [
-            _named_row(chunk.shard, values, renamed.get(number) or row_key(values, number, column))
-            for number, values in enumerate(_rows_of(file, part, names), chunk.start + len(rows))
-        ]
-        rows += _with_images(named, file, part, column)
-    return rows
+    parts = _parts(file, chunk.start, chunk.num_read)
+    found = chain.from_iterable(_rows_of(file, part, names) for part in parts)
+    return [
+        _named_row(chunk.shard, values, renamed.get(number) or row_key(values, number, column))
+        for number, values in enumerate(found, chunk.start)
+    ]
 
 
 def _named_row(shard: str, values: dict[str, Any], key: str) -> Row:
@@ -196,11 +259,16 @@ def _rows_of(file: pq.ParquetFile, part: Part, columns: list[str]) -> Iterator[d
 
 def _read_objects(chunk: Chunk, source: Source) -> list[Row]:
     def row(info: ObjectInfo) -> Row:
-        folder, slash, name = info.path.rpartition("/")
-        # An S3 key may start with a slash: then the slash is its folder.
-        return Row(folder or slash, name, *_fetch(source.store, info))
+        data, error = _fetch(source.store, info)
+        return replace(_object_row(info), data=data, error=error)
 
     return _in_threads(row, _listed(chunk, source))
+
+
+def _object_row(info: ObjectInfo) -> Row:
+    folder, slash, name = info.path.rpartition("/")
+    # An S3 key may start with a slash: then the slash is its folder.
+    return Row(folder or slash, name, None)
 
 
 def _read_uris(chunk: Chunk, source: Source) -> list[Row]:
@@ -227,9 +295,10 @@ def _listed(chunk: Chunk, source: Source) -> list[ObjectInfo]:
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
     infos = [
         ObjectInfo(**row)
-        for part in _parts(file, chunk.start, chunk.num_images)
+        for part in _parts(file, chunk.start, chunk.num_read)
         for row in _rows_of(file, part, OBJECTS.names)
     ]
+    infos = chunk.kept(infos)
     return infos if source.check_loose else [replace(info, etag="") for info in infos]
 
 
@@ -250,5 +319,5 @@ def _fetch(store: Store, info: ObjectInfo) -> tuple[bytes | None, str | None]:
 
 def _rest_in_error(chunk: Chunk, done: int, error: str) -> list[Row]:
     """Return a row in error for each image of a chunk but the first `done`; no names are known."""
-    numbers = range(chunk.start + done, chunk.start + chunk.num_images)
+    numbers = range(chunk.start + done, chunk.start + chunk.num_read)
     return [Row(chunk.shard, f"{number:08d}", None, error) for number in numbers]

@@ -18,6 +18,9 @@ from typing_extensions import override
 from jobs.s3 import S3Store
 from jobs.store import ObjectInfo, StorageError, Store
 
+# pyarrow's own three attempts give up after 1.5 s of 503s.
+S3_ATTEMPTS = 10
+
 
 class ArrowStore(Store):
     """Local folders, and every scheme of `pyarrow.fs` but `s3`.
@@ -137,6 +140,27 @@ def open_store(uri: str, endpoint_url: str | None = None) -> Store:
     # The slash in front of a root stays: without it HDFS would start at the user's home.
     full = f"{root.rstrip('/')}/{prefix}".rstrip("/") if prefix else root
     return ArrowStore(filesystem, full, uri.rstrip("/"))
+
+
+def arrow_location(uri: str, endpoint_url: str | None = None) -> tuple[pafs.FileSystem, str]:
+    """Return a place as `pyarrow.fs` names it, for libraries that write by themselves.
+
+    Args:
+        uri: See `open_store`.
+        endpoint_url: See `open_store`.
+    """
+    store = open_store(uri, endpoint_url)
+    if isinstance(store, ArrowStore):
+        return store.filesystem, store.root
+    assert isinstance(store, S3Store)
+    endpoint = (
+        endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    )
+    filesystem = pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+    )
+    return filesystem, "/".join(part for part in (store.bucket, store.prefix) if part)
 
 
 def split_uri(uri: str) -> tuple[str, str]:

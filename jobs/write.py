@@ -20,6 +20,8 @@ MANIFEST, SUCCESS = "_manifest.json", "_SUCCESS"
 # Footers are small: the wait for each is its cost.
 FOOTER_THREADS = 64
 FOOTER_WINDOW = 64 * 2**10
+# Training reads ranges of rows in a shuffled order, and a row group is the least that can be read.
+TRAINING_ROWS_PER_GROUP = 32
 
 
 class IncompleteError(RuntimeError):
@@ -71,6 +73,7 @@ def put_chunk(
     table: pa.Table,
     footer: Mapping[str, str],
     folder: str = PREDICTIONS_FOLDER,
+    rows_per_group: int | None = None,
 ) -> Counts:
     """Write the rows of a chunk as its one object.
 
@@ -80,6 +83,7 @@ def put_chunk(
         table: With the schema `PREDICTIONS` or `TRAINING`.
         footer: More facts for the object's footer: model digest, run id.
         folder: Of the output.
+        rows_per_group: Rows in a row group; all of them where None.
     """
     assert table.schema.equals(TRAINING if "image" in table.schema.names else PREDICTIONS)
     counts = count(table)
@@ -91,7 +95,11 @@ def put_chunk(
     }
     sink = io.BytesIO()
     pq.write_table(
-        table.replace_schema_metadata(facts), sink, compression="zstd", write_page_checksum=True
+        table.replace_schema_metadata(facts),
+        sink,
+        row_group_size=rows_per_group,
+        compression="zstd",
+        write_page_checksum=True,
     )
     output.put(output_path(chunk_id, folder), sink.getvalue())
     return counts
@@ -118,20 +126,32 @@ def read_chunk(output: Store, chunk_id: str, columns: list[str] | None = None) -
 def read_counts(
     output: Store, chunk_ids: Iterable[str], folder: str = PREDICTIONS_FOLDER
 ) -> dict[str, Counts]:
-    """Return what stands in the footers of finished chunks."""
+    """Return the counts of finished chunks, from their footers."""
+    footers = read_footers(output, chunk_ids, folder)
+    return {name: Counts(**json.loads(facts["counts"])) for name, facts in footers.items()}
 
-    def counts(chunk_id: str) -> tuple[str, Counts]:
+
+def read_footers(
+    output: Store, chunk_ids: Iterable[str], folder: str = PREDICTIONS_FOLDER
+) -> dict[str, dict[str, str]]:
+    """Return the facts that stand in the footers of finished chunks: `counts`, and what was added."""
+
+    def facts(chunk_id: str) -> tuple[str, dict[str, str]]:
         path = output_path(chunk_id, folder)
         info = output.info(path)
         if info is None:
             raise IncompleteError(f"{output.url(path)} is gone: run the same command again")
         footer = pq.read_metadata(output.open(ObjectInfo(path, info.size, ""), FOOTER_WINDOW))
-        found = Counts(**json.loads(footer.metadata[b"segjobs.counts"]))
-        assert found.images == footer.num_rows
+        found = {
+            name.decode().removeprefix("segjobs."): value.decode()
+            for name, value in footer.metadata.items()
+            if name.startswith(b"segjobs.")
+        }
+        assert json.loads(found["counts"])["images"] == footer.num_rows
         return chunk_id, found
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return dict(pool.map(counts, chunk_ids))
+        return dict(pool.map(facts, chunk_ids))
 
 
 def failed_positions(output: Store, chunk_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,12 @@
-"""Batches of one shape from a stream of items, with bounded look-ahead."""
+"""Streams of items with bounded look-ahead: batches of one shape, and work in threads."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def batches(
@@ -41,3 +43,19 @@ def batches(
         held -= len(group)
         yield group
     yield from waiting.values()
+
+
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], executor: Executor, look_ahead: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """Call `function` in an executor for at most `look_ahead` items before they are asked for.
+
+    Yields:
+        Each item in its order, with what the call gave or raised.
+    """
+    under_way: deque[tuple[Item, Future[Result]]] = deque()
+    for item in items:
+        under_way.append((item, executor.submit(function, item)))
+        if len(under_way) == look_ahead:
+            yield under_way.popleft()
+    yield from under_way

@@ -1,10 +1,11 @@
-"""COCO files and the one schema: instances to rows of truth, rows to results."""
+"""COCO files and the one schema: instances to rows of truth, rows to instances and to results."""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from segmodel import schema
@@ -81,6 +82,64 @@ def rows(coco: Record, image_id_of: ImageIdOf = shard_and_key) -> Iterator[dict[
         }
 
 
+def categories(coco: Record) -> list[dict[str, Any]]:
+    """Return `{"id", "name"}` of each category of a COCO file, by id, used or not.
+
+    Raises:
+        ValueError: A category has no usable id or no name, or an id comes twice.
+    """
+    found = []
+    for number, category in sorted(_by_id(coco, "categories").items()):
+        name = category.get("name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"category {number} has no name")
+        found.append({"id": number, "name": name})
+    return found
+
+
+def instances(
+    rows: Iterable[Record],
+    categories: Iterable[Record],
+    image_ids: Mapping[str, int] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Turn rows of the one schema into a COCO instances file: the way back from `rows`.
+
+    An image's `file_name` is its shard and key, by which `pack` finds it again. Numbers are float32
+    in the table; the shortest decimal that is the same float32 is written, so 473.07 comes back.
+
+    Args:
+        rows: Rows in error have no size, and are left out.
+        categories: `{"id", "name"}` of each; others may be among them.
+        image_ids: COCO's image ids, see `image_ids`; from 1 on, in order, where None.
+
+    Raises:
+        ValueError: A row's image has no COCO id, or a detection is of another category.
+    """
+    known = [{"id": int(category["id"]), "name": category["name"]} for category in categories]
+    category_ids = {category["id"] for category in known}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        if image_ids is not None and row["image_id"] not in image_ids:
+            raise ValueError(f"image {row['image_id']!r} is not in the COCO file")
+        number = len(images) + 1 if image_ids is None else image_ids[row["image_id"]]
+        shard, key = row["shard"], row["key"]
+        name = f"{shard}/{key}" if shard else key
+        size = {"height": int(row["height"]), "width": int(row["width"])}
+        images.append({"id": number, "file_name": name, **size})
+        for detection in row["detections"]:
+            if detection["category_id"] not in category_ids:
+                raise ValueError(
+                    f"image {row['image_id']!r} has a detection of category "
+                    f"{detection['category_id']}, which is not there"
+                )
+            ids = {"id": len(annotations) + 1, "image_id": number}
+            annotations.append(ids | _annotation(detection))
+    return {"images": images, "annotations": annotations, "categories": known}
+
+
 def results(rows: Iterable[Record], image_ids: Mapping[str, int]) -> list[dict[str, Any]]:
     """Turn rows of predictions into COCO results, one for each detection.
 
@@ -106,6 +165,26 @@ def results(rows: Iterable[Record], image_ids: Mapping[str, int]) -> list[dict[s
                 result["segmentation"] = dict(detection["segmentation"])
             found.append(result)
     return found
+
+
+def _annotation(detection: Record) -> dict[str, Any]:
+    """Return a detection as an annotation without its ids."""
+    bbox = [_shortest(value) for value in detection["bbox"]]
+    area, segmentation = detection["area"], detection["segmentation"]
+    annotation = {
+        "category_id": int(detection["category_id"]),
+        "bbox": bbox,
+        "area": bbox[2] * bbox[3] if area is None else _shortest(area),
+        "iscrowd": int(detection["iscrowd"]),
+        "segmentation": [] if segmentation is None else dict(segmentation),
+    }
+    if detection["score"] is not None:
+        annotation["score"] = _shortest(detection["score"])
+    return annotation
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))
 
 
 def _by_id(coco: Record, kind: str) -> dict[int, Record]:

@@ -84,25 +84,42 @@ def evaluate(
 
 def match(truth: Rows, predictions: Rows) -> "CocoMatches":
     """Do the part of `evaluate` that can be done for some of the images and merged."""
+    matches = CocoMatches()
+    for wanted, found in pairs(truth, predictions):
+        matches.add(wanted, found)
+    return matches
+
+
+def pairs(truth: Rows, predictions: Rows) -> Iterator[tuple[Row, Row | None]]:
+    """Yield the row of truth of every image and its prediction, None where there is none.
+
+    Args:
+        truth: One row for each image; held.
+        predictions: At most one row for each image of truth; streamed.
+
+    Raises:
+        ValueError: An image comes twice, or predictions name images that truth does not have; at
+            the end, with their number.
+    """
     sources = _sources(truth)
     left = dict.fromkeys(sources)
-    matches = CocoMatches()
     unknown: list[str] = []
     for prediction in _dictionaries(predictions):
         image_id = prediction["image_id"]
         if image_id not in sources:
             unknown.append(image_id)
+        elif image_id not in left:
+            raise ValueError(f"image {image_id!r} comes twice in the predictions")
         elif not unknown:
-            matches.add(_row(sources[image_id]), prediction)
             del left[image_id]
+            yield _row(sources[image_id]), prediction
     if unknown:
         named = ", ".join(repr(image_id) for image_id in unknown[:_MAX_NAMED])
         raise ValueError(
             f"the predictions have {len(unknown)} images that the truth has not, such as {named}"
         )
     for image_id in left:
-        matches.add(_row(sources[image_id]), None)
-    return matches
+        yield _row(sources[image_id]), None
 
 
 class _Side:

@@ -38,6 +38,12 @@ _BACKBONE_NORM_EPS = {
     "maskrcnn_resnet50_fpn_v2": 1e-5,
     "small": 1e-3,
 }
+# Layers with outputs for each class, and how many.
+_OUTPUTS_PER_CLASS = {
+    "roi_heads.box_predictor.cls_score": 1,
+    "roi_heads.box_predictor.bbox_pred": 4,
+    "roi_heads.mask_predictor.mask_fcn_logits": 1,
+}
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 _BODY, _COUNTER = "backbone.body.", ".num_batches_tracked"
 
@@ -157,6 +163,40 @@ def imagenet_bundle(settings: ModelSettings, categories: Sequence[Category], see
         weights=_fitting(settings, {**state, **fitting}, str(weights)),
         provenance={"backbone": str(weights), "heads": "random", "seed": seed},
     )
+
+
+def with_categories(
+    bundle: Bundle, categories: Sequence[Category], seed: int
+) -> tuple[Bundle, tuple[str, ...]]:
+    """Return a bundle for other categories, with everything else of the first one kept.
+
+    The last layers of the heads are made anew, at random; of categories that both have by name, the
+    outputs are kept. Background is always kept.
+
+    Returns:
+        The bundle, and the names of the categories that were kept.
+    """
+    settings = replace(bundle.settings, num_classes=1 + max(c.label for c in categories))
+    old_labels = {category.name: category.label for category in bundle.categories}
+    labels = {0: 0} | {c.label: old_labels[c.name] for c in categories if c.name in old_labels}
+    state = _random_state(settings, seed)
+    for name, tensor in bundle.weights.items():
+        rows_per_class = _OUTPUTS_PER_CLASS.get(name.rpartition(".")[0])
+        if rows_per_class is None:
+            state[name] = tensor
+            continue
+        new = state[name].view(settings.num_classes, rows_per_class, *tensor.shape[1:])
+        old = tensor.view(bundle.settings.num_classes, rows_per_class, *tensor.shape[1:])
+        new[list(labels)] = old[list(labels.values())]
+    made = Bundle(
+        settings=settings,
+        categories=tuple(categories),
+        weights=state,
+        score_threshold=bundle.score_threshold,
+        max_detections=bundle.max_detections,
+        provenance={**bundle.provenance, "heads": "random where categories are new", "seed": seed},
+    )
+    return made, tuple(c.name for c in categories if c.name in old_labels)
 
 
 def state_bundle(

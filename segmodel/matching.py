@@ -58,13 +58,13 @@ def match(annotations: Sequence[Item], detections: Sequence[Item], *, masks: boo
     boxes = np.array([item["bbox"] for item in best], np.float64).reshape(-1, 4)
     truth_boxes = np.array([item["bbox"] for item in annotations], np.float64).reshape(-1, 4)
     outside = _outside(boxes[:, 2] * boxes[:, 3])
-    tp, fp = judge(_iou(boxes, truth_boxes, crowd), ignored, crowd, outside)
+    tp, fp = judge(pairwise_iou(boxes, truth_boxes, crowd), ignored, crowd, outside)
     records["box_tp"], records["box_fp"] = _pack(tp), _pack(fp)
     if masks:
         rles = [item["segmentation"] for item in best]
         truth_rles = [item["segmentation"] for item in annotations]
         outside = _outside(coco_mask.area(rles))
-        tp, fp = judge(_iou(rles, truth_rles, crowd), ignored, crowd, outside)
+        tp, fp = judge(pairwise_iou(rles, truth_rles, crowd), ignored, crowd, outside)
         records["mask_tp"], records["mask_fp"] = _pack(tp), _pack(fp)
     return records
 
@@ -90,7 +90,11 @@ def _outside(areas: Float64) -> Bools:
     return (areas < low) | (areas > high)
 
 
-def _iou(detections: Any, annotations: Any, crowd: Bools) -> Float64:
+def pairwise_iou(detections: Any, annotations: Any, crowd: Bools) -> Float64:
+    """Return the IoU of D detections with G annotations, all boxes xywh or all RLE: (D, G).
+
+    With a crowd it is, as COCO has it, the part of the detection that lies within.
+    """
     if len(detections) == 0 or len(annotations) == 0:  # pycocotools gives a list then
         return np.zeros((len(detections), len(annotations)))
     ious: Float64 = coco_mask.iou(detections, annotations, crowd.astype(np.uint8))

@@ -34,8 +34,9 @@ SMALL_LAYER_CHANNELS = [24, 40, 112, 160]
 SMALL_CHANNELS = 96
 SMALL_BOX_WIDTH = 192
 # Three for each detection that may be kept; torchvision takes 1000, and each costs RoIAlign and box
-# head.
+# head. Training, which draws among them, has more to choose from.
 SMALL_PROPOSALS = 300
+SMALL_PROPOSALS_IN_TRAINING = 500
 SMALL_ANCHORS = (16, 32, 64, 128, 256)
 
 # Image pixels per pixel of the features that RoIAlign reads are 2 to these powers.
@@ -93,6 +94,8 @@ def _small(num_classes: int, transform: Mapping[str, Any]) -> MaskRCNN:
         **transform,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(SMALL_CHANNELS, len(aspect_ratios)),
+        rpn_pre_nms_top_n_train=2 * SMALL_PROPOSALS_IN_TRAINING,
+        rpn_post_nms_top_n_train=SMALL_PROPOSALS_IN_TRAINING,
         rpn_pre_nms_top_n_test=SMALL_PROPOSALS,
         rpn_post_nms_top_n_test=SMALL_PROPOSALS,
         box_head=TwoMLPHead(SMALL_CHANNELS * 7 * 7, SMALL_BOX_WIDTH),

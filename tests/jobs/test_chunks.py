@@ -34,6 +34,16 @@ def test_a_table_gives_back_its_chunks() -> None:
     assert list(chunks.from_table(chunks.to_table([]))) == []
 
 
+def test_a_chunk_may_leave_images_out() -> None:
+    whole = Chunk(kind="tar", num_images=3)
+    assert (whole.num_read, whole.kept("abc")) == (3, ["a", "b", "c"])
+    part = Chunk(kind="tar", num_images=2, keep=b"\0\1\0\1\0")
+    assert (part.num_read, part.kept("abcde")) == (5, ["b", "d"])
+    assert list(chunks.from_table(chunks.to_table([part, whole]))) == [part, whole]
+    # Of a plan that was frozen before there was such a thing.
+    assert list(chunks.from_table(chunks.to_table([whole]).drop_columns("keep"))) == [whole]
+
+
 def test_many_chunks_keep_their_order() -> None:
     made = some(list(range(1, 3000)))
     assert list(chunks.from_table(chunks.to_table(made))) == made

@@ -65,6 +65,10 @@ def needed(class_: type[Any]) -> dict[str, Any]:
     }
 
 
+# What a field cannot do without.
+COMPANIONS = {(PackConfig, "score_threshold"): {"predictions": "some text"}}
+
+
 @pytest.mark.parametrize("class_", CLASSES)
 def test_every_field_has_a_flag_and_a_help_line(
     class_: type[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -93,7 +97,7 @@ def test_every_flag_and_every_key_sets_its_field(
     field = next(field for field in dataclasses.fields(class_) if field.name == name)
     value = another_value(class_, field)
     assert value != field.default
-    values = {**needed(class_), name: value}
+    values = {**needed(class_), **COMPANIONS.get((class_, name), {}), name: value}
     expected = class_(**values)
     assert getattr(expected, name) == value
     assert parsed(class_, as_arguments(class_, values)) == expected
@@ -126,8 +130,8 @@ def test_the_printed_configuration_is_one(
     values = {
         field.name: another_value(class_, field)
         for field in dataclasses.fields(class_)
-        # They bound each other.
-        if field.name != "min_actors"
+        # They bound or exclude others.
+        if (class_, field.name) not in ((PredictConfig, "min_actors"), (PackConfig, "annotations"))
     }
     arguments = as_arguments(class_, values)
     with pytest.raises(SystemExit) as caught:
@@ -231,6 +235,13 @@ BELOW_ONE = "must be 1 or more, not 0"
         (InitConfig, {"max_size": 0}, "--max-size must be 32 or more, not 0"),
         (InitConfig, {"norm_eps": -1.0}, "--norm-eps must be 0 or more, not -1"),
         (PackConfig, {"shard_size": 0}, f"--shard-size {BELOW_ONE}"),
+        (PackConfig, {"predictions": "p", "annotations": "a"}, "--annotations and --predictions"),
+        (PackConfig, {"score_threshold": 0.5}, "--score-threshold needs --predictions"),
+        (
+            PackConfig,
+            {"predictions": "p", "score_threshold": 1.5},
+            "--score-threshold must be from 0 to 1, not 1.5",
+        ),
         (DemoConfig, {"scenes": 0}, f"--scenes {BELOW_ONE}"),
         (DemoConfig, {"seed": -1}, "--seed must be 0 or more, not -1"),
     ],

@@ -1,5 +1,6 @@
 """Images packed into shards: nothing lost, opened by `datasets`, predicted under the same ids."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ def test_every_image_is_there_byte_for_byte(packed: tuple[Path, dict[str, bytes]
     assert len(shards) == 3
     rows = [row for shard in shards for row in pq.read_table(shard).to_pylist()]
     assert all(pq.read_schema(shard).equals(TRAINING) for shard in shards)
+    manifest = json.loads((root / "packed" / "_manifest.json").read_text())
+    assert manifest["categories"] == []
+    assert manifest["counts"]["without_detections"] == 7
     good = {row["key"]: row["image"]["bytes"] for row in rows if row["status"] == "ok"}
     assert good == {name: data for name, data in files.items() if name != "bad.jpg"}
     assert {row["key"]: row["height"] for row in rows if row["status"] == "ok"} == {
@@ -100,3 +104,14 @@ def test_predictions_on_packed_shards_keep_the_ids(
     assert main([str(argument) for argument in arguments]) == 0
     rows = pq.read_table(tmp_path / "out" / "predictions").to_pylist()
     assert {row["image_id"] for row in rows} == {f"sub#{name}" for name in files}
+
+    again = ["pack", "--images", root / "packed", "--predictions", tmp_path / "out"]
+    again += ["--output", tmp_path / "labels", "--shard-size", "5"]
+    assert main([str(argument) for argument in again]) == 0
+    labels = pq.read_table(tmp_path / "labels" / "shards").to_pylist()
+    images = {row["key"]: row.pop("image") for row in labels}
+    assert labels == rows
+    assert images.pop("bad.jpg") is None
+    assert {key: image["bytes"] for key, image in images.items()} == {
+        name: data for name, data in files.items() if name != "bad.jpg"
+    }

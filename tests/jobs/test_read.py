@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jobs import index, plan, read
 from jobs.chunks import Chunk
 from jobs.detect import look
-from jobs.read import IMAGES, Source, read_chunk
+from jobs.read import IMAGES, Source, read_chunk, read_names
 from jobs.storage import ArrowStore, open_store
 from jobs.store import ObjectInfo, StorageError, Store
 from segmodel.schema import TRAINING
@@ -35,14 +35,27 @@ def source_of(store: Store, lists: Store | None = None, **values: Any) -> Source
 
 
 def read_all(chunks: list[Chunk], source: Source) -> list[dict[str, Any]]:
-    """Every row of every chunk, each with the columns and the number of rows that were promised."""
+    """Every row of every chunk, each with the columns and the number of rows that were promised.
+
+    What is said of names alone, and of a part of a chunk, holds for every chunk without errors.
+    """
     rows = []
     for chunk in chunks:
         table = read_chunk(chunk, source)
         assert table.schema == IMAGES
         assert table.num_rows == chunk.num_images
         rows += table.to_pylist()
+        if table["error"].null_count == chunk.num_images > 1:
+            assert read_names(chunk, source).equals(table.select(["image_id", "shard", "key"]))
+            some = replace(chunk, num_images=chunk.num_images // 2, keep=half(chunk.num_images))
+            assert read_chunk(some, source).equals(table.take(list(range(1, chunk.num_images, 2))))
+            assert read_names(some, source).num_rows == some.num_images
     return rows
+
+
+def half(num_images: int) -> bytes:
+    """Leave every second image out."""
+    return bytes(number % 2 for number in range(num_images))
 
 
 def kinds(rows: list[dict[str, Any]]) -> list[str | None]:
@@ -121,15 +134,21 @@ def test_a_cut_tar_gives_what_is_whole(store: Store, make_tar: TarMaker) -> None
             bytes([n]) * 600 for n in range(expected.count(None))
         ]
         assert rows[-1]["image_id"] == "a.tar#"
+        damage = index.index_tar(store, info, 10)[-1]
+        assert read_names(damage, source_of(store))["image_id"].to_pylist() == ["a.tar#"]
 
 
 def test_a_changed_tar_gives_rows_in_error(place: Store, make_tar: TarMaker) -> None:
     info = put(place, "a.tar", make_tar([(f"{n}.jpg", b"1") for n in range(5)]))
     chunks = index.index_tar(place, info, 3)
     place.put("a.tar", make_tar([(f"{n}.jpg", b"changed") for n in range(50)]))
+    with pytest.raises(StorageError, match=r"a\.tar changed after it was planned"):
+        read_names(chunks[0], source_of(place))
     rows = read_all(chunks, source_of(place))
     assert kinds(rows) == ["changed"] * 5
     assert [row["key"] for row in rows] == [f"{n:08d}" for n in range(5)]
+    some = replace(chunks[0], num_images=1, keep=half(3))
+    assert [row["key"] for row in read_all([some], source_of(place))] == ["00000001"]
     assert place.url("a.tar") in rows[0]["error"]
     place.delete("a.tar")
     rows = read_all(chunks, source_of(place))
@@ -211,7 +230,8 @@ def test_trouble_of_the_store_stops_the_reading(
     monkeypatch.setattr(ArrowStore, "read", fail)
     for chunk, least_reads in zip(chunks, (1, 4), strict=True):
         left = 100
-        assert kinds(read_all([chunk], source_of(store))) == [None] * chunk.num_images
+        found = read_chunk(chunk, source_of(store))
+        assert kinds(found.to_pylist()) == [None] * chunk.num_images
         num_reads = 100 - left
         assert num_reads >= least_reads
         # Whichever read it is.

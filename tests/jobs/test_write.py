@@ -110,6 +110,15 @@ def test_a_chunk_with_images_goes_to_its_folder(output: Store) -> None:
     assert found.schema.metadata[b"segjobs.run_id"] == b"r"
 
 
+def test_row_groups_are_as_small_as_asked(output: Store) -> None:
+    write.put_chunk(output, "7", table(*ROWS), {"of": "1"}, "shards", rows_per_group=2)
+    footer = pq.read_metadata(io.BytesIO(output.read("shards/7.parquet")))
+    assert [footer.row_group(n).num_rows for n in range(footer.num_row_groups)] == [2, 2, 1]
+    facts = write.read_footers(output, ["7"], "shards")["7"]
+    assert facts.keys() == {"counts", "of", "schema_version"}
+    assert facts["of"] == "1"
+
+
 def test_the_same_rows_give_the_same_object(local: Store) -> None:
     objects = set()
     for _ in range(2):

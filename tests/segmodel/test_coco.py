@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,61 @@ class TestResults:
     def test_unknown_images_are_named(self):
         with pytest.raises(ValueError, match=r"image 'a/b#c\.jpg' is not in the COCO file"):
             coco.results(coco.rows(instances()), {})
+
+
+def as_stored(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pass rows through the table: numbers become float32."""
+    return pa.Table.from_pylist(list(rows), PREDICTIONS).to_pylist()
+
+
+class TestInstances:
+    def test_are_the_way_back_from_rows(self):
+        file = instances(bbox=[5.07, 3.1, 10.3, 473.07], area=120057.14, iscrowd=1)
+        file["categories"] = [{"id": 9, "name": "dog"}, *file["categories"]]
+        back = coco.instances(as_stored(coco.rows(file)), file["categories"])
+        expected = file | {"annotations": [file["annotations"][0] | {"id": 1}]}
+        assert json.loads(json.dumps(back)) == expected
+        assert as_stored(coco.rows(back)) == as_stored(coco.rows(file))
+
+    def test_ids_are_consecutive_or_given(self):
+        rows = [*coco.rows(instances()), *coco.rows(instances())]
+        rows[1] |= {"image_id": "#d.jpg", "shard": "", "key": "d.jpg"}
+        rows.insert(1, rows[0] | {"status": "error", "height": None, "width": None})
+        categories = [{"id": 3, "name": "cat"}]
+        back = coco.instances(rows, categories)
+        assert [(i["id"], i["file_name"]) for i in back["images"]] == [
+            (1, "a/b/c.jpg"),
+            (2, "d.jpg"),
+        ]
+        assert [(a["id"], a["image_id"]) for a in back["annotations"]] == [(1, 1), (2, 2)]
+        back = coco.instances(rows, categories, {"a/b#c.jpg": 9, "#d.jpg": 4})
+        assert [image["id"] for image in back["images"]] == [9, 4]
+        assert [(a["id"], a["image_id"]) for a in back["annotations"]] == [(1, 9), (2, 4)]
+        with pytest.raises(ValueError, match=r"image '#d\.jpg' is not in the COCO file"):
+            coco.instances(rows, categories, {"a/b#c.jpg": 9})
+
+    def test_boxes_have_no_mask_and_predictions_a_score(self):
+        (row,) = coco.rows(instances(segmentation=None))
+        row["detections"][0] |= {"score": np.float32(0.7), "area": None}
+        (annotation,) = coco.instances([row], [{"id": 3, "name": "cat"}])["annotations"]
+        assert (annotation["segmentation"], annotation["score"]) == ([], 0.7)
+        assert annotation["area"] == 60
+
+    def test_other_categories_are_named(self):
+        with pytest.raises(ValueError, match=r"'a/b#c\.jpg' has a detection of category 3, which"):
+            coco.instances(coco.rows(instances()), [{"id": 4, "name": "cat"}])
+
+
+class TestCategories:
+    def test_are_sorted_by_id(self):
+        file = instances()
+        file["categories"].insert(0, {"id": 90, "name": "dog", "supercategory": "animal"})
+        assert coco.categories(file) == [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}]
+
+    @pytest.mark.parametrize("name", [None, "", 7])
+    def test_without_a_name_are_refused(self, name):
+        with pytest.raises(ValueError, match="category 3 has no name"):
+            coco.categories({"categories": [{"id": 3, "name": name}]})
 
 
 @pytest.mark.parametrize("path", ANNOTATION_FILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")

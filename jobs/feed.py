@@ -1,0 +1,239 @@
+"""The feed: micro-batches of decoded and augmented samples, streamed by Ray Data to N training workers.
+
+One row of the data set is one sealed micro-batch (`envelope`), and one block is one row. A read task
+reads a window of `segmodel.order`; each micro-batch is then decoded and augmented in a task of its
+own, outside of the training processes. Blocks keep their order and are dealt in turn, so worker r
+of N gets the micro-batches `start + r`, `start + N + r`, ...; each of them checks that.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from jobs.cluster import plain_errors
+from jobs.envelope import seal, unseal
+from jobs.source import READ_CPUS
+from jobs.training_set import TrainingSet
+from jobs.windows import Windows
+from segmodel.augment import Augmentation, augment
+from segmodel.images import ImageError, decode
+from segmodel.order import Order, generator
+from segmodel.targets import Sample, TargetError, from_table, to_sample, to_table
+
+# Decoding and augmenting keep a core busy. They reserve half of one, so that on two CPUs two
+# training workers of half a CPU each leave room for one of these and a reader.
+AUGMENT_CPUS = 0.5
+# A task costs Ray some milliseconds; so many micro-batches share it.
+BATCHES_PER_TASK = 4
+# Rows that are shuffled together, and the bytes that a reader may hold for them.
+WINDOW_ROWS, WINDOW_BYTES = 512, 128 * 2**20
+# Windows that are read ahead of the one in use: at least this many at once.
+MIN_READERS = 2
+# A data set of Ray has a task for each of its windows from the start: so many at most.
+SEGMENT_WINDOWS = 256
+# Micro-batches that each worker holds beside the one it trains on.
+PREFETCH = 2
+# What the feed may hold in Ray's object store: micro-batches for each worker, at the size that an
+# image is supposed to have when it is decoded, and as many bytes at least.
+BATCHES_IN_STORE, SAMPLE_BYTES = 16, 3 * 2**20
+MIN_STORE_BYTES = 128 * 2**20
+# A block is written out when it has more bytes than this, so each micro-batch becomes its own.
+ONE_ROW_PER_BLOCK = 1
+
+_SAMPLE, _DONOR = 2, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a row becomes a sample. Can be pickled.
+
+    Attributes:
+        labels: The network's output index by category id.
+        augmentation: How samples are varied.
+        seed: Of the random numbers; those of a sample depend on it, the epoch and the image's id.
+    """
+
+    labels: Mapping[int, int]
+    augmentation: Augmentation
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one of the training workers gets of the micro-batches `start` to `stop`. Can be pickled.
+
+    Attributes:
+        iterator: Its part of the data set, which all workers have to iterate over together.
+        rank: The worker's number.
+        num_workers: How many there are.
+        start: The first micro-batch of all shares.
+        stop: The one behind the last.
+    """
+
+    iterator: ray.data.DataIterator
+    rank: int
+    num_workers: int
+    start: int
+    stop: int
+
+
+def make_order(training_set: TrainingSet, batch_size: int, seed: int) -> Order:
+    """Return the order in which a set is trained on, with windows that a reader can hold."""
+    num_chunks = len(training_set.chunks)
+    by_rows = WINDOW_ROWS * num_chunks // training_set.num_rows
+    by_bytes = WINDOW_BYTES * num_chunks // max(training_set.num_bytes, 1)
+    return Order(
+        chunk_rows=tuple(chunk.num_rows for chunk in training_set.chunks),
+        batch_size=batch_size,
+        window_chunks=max(1, min(by_rows, by_bytes)),
+        seed=seed,
+    )
+
+
+def segments(order: Order, start: int, stop: int, num_workers: int) -> Iterator[tuple[int, int]]:
+    """Cut the micro-batches `start` to `stop` into parts for one `split` each.
+
+    Every part, like the whole, holds as many micro-batches for each worker.
+    """
+    assert (stop - start) % num_workers == 0, f"{stop - start} cannot be dealt to {num_workers}"
+    while start < stop:
+        windows = islice(order.windows(start, stop), max(SEGMENT_WINDOWS, num_workers))
+        *_, last = windows
+        end = last.first + last.places.stop
+        end -= (end - start) % num_workers
+        yield start, end
+        start = end
+
+
+def split(
+    training_set: TrainingSet,
+    order: Order,
+    recipe: Recipe,
+    span: tuple[int, int],
+    num_workers: int,
+) -> list[Share]:
+    """Start to feed: one process calls this and hands each worker its share.
+
+    Args:
+        training_set: Its chunks are those of `order`.
+        order: Of `make_order`.
+        recipe: How rows become samples.
+        span: First micro-batch and the one behind the last; one of `segments`.
+        num_workers: How many take part. Nothing is read before all of them iterate.
+    """
+    windows = list(order.windows(*span))
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = ONE_ROW_PER_BLOCK
+    # Of an error that Ray Data wraps, only the wrapping would pass from its process to the workers.
+    context.raise_original_map_exception = True
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=_store_bytes(training_set, order, num_workers)
+    )
+    with ray.data.DataContext.current(context):
+        iterators = (
+            ray.data.read_datasource(
+                Windows(training_set.chunks, order, windows),
+                override_num_blocks=len(windows),
+                num_cpus=READ_CPUS,
+                compute=ray.data.TaskPoolStrategy(max(MIN_READERS, num_workers)),
+            )
+            .map_batches(
+                partial(make_samples, recipe=recipe),
+                batch_size=BATCHES_PER_TASK,
+                batch_format="pyarrow",
+                num_cpus=AUGMENT_CPUS,
+            )
+            .streaming_split(num_workers)
+        )
+    start, stop = span
+    return [
+        Share(iterator=iterator, rank=rank, num_workers=num_workers, start=start, stop=stop)
+        for rank, iterator in enumerate(iterators)
+    ]
+
+
+def batches(share: Share) -> Iterator[tuple[int, list[Sample]]]:
+    """Yield a worker's micro-batches, each with its number; pixels cannot be written.
+
+    Raises:
+        TargetError: A row cannot be trained on; the message names the image and the shard.
+        StorageError: A shard changed, is damaged, or cannot be read.
+        AssertionError: Ray dealt another micro-batch than the one that is due, or too few.
+    """
+    due = range(share.start + share.rank, share.stop, share.num_workers)
+    blocks = share.iterator.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH
+    )
+    got = 0
+    with plain_errors():
+        for block in blocks:
+            sealed = unseal(block)
+            number = int(sealed.chunk_id)
+            assert got < len(due), f"micro-batch {number} is one more than the {got} of this worker"
+            assert number == due[got], f"micro-batch {number} was dealt, {due[got]} is due"
+            yield number, from_table(sealed.table)
+            got += 1
+    assert got == len(due), f"{got} micro-batches were dealt, {len(due)} are due"
+
+
+def make_samples(block: pa.Table, recipe: Recipe) -> Iterator[pa.Table]:
+    """Decode and augment sealed micro-batches of rows; yield each as a sealed table of `SAMPLES`."""
+    for number in range(block.num_rows):
+        yield _augmented(block.slice(number, 1), recipe)
+
+
+def _augmented(block: pa.Table, recipe: Recipe) -> pa.Table:
+    started = time.perf_counter()
+    sealed = unseal(block)
+    rows = sealed.table.to_pylist()
+    samples = [_sample(row, recipe) for row in rows]
+    made = []
+    for number, row in enumerate(rows):
+        donor = None
+        if recipe.augmentation.copy_paste:
+            donor = _donor(samples, number, _generator(recipe.seed, _DONOR, row))
+        rng = _generator(recipe.seed, _SAMPLE, row)
+        made.append(augment(samples[number], recipe.augmentation, rng, donor))
+    seconds = {**sealed.seconds, "augment": time.perf_counter() - started}
+    return seal(replace(sealed, table=to_table(made), seconds=seconds))
+
+
+def _sample(row: Mapping[str, Any], recipe: Recipe) -> Sample:
+    try:
+        return to_sample(row, decode(row["data"]), recipe.labels)
+    except ImageError as error:
+        raise TargetError(
+            f"{row['image_id']} in {row['origin']} cannot be decoded: {error}: pack the set again "
+            "without it"
+        ) from error
+    except TargetError as error:
+        raise TargetError(f"{error} (in {row['origin']})") from error
+
+
+def _generator(seed: int, purpose: int, row: Mapping[str, Any]) -> np.random.Generator:
+    """Return the random numbers of a row in its epoch: no worker, batch-mate or restart changes them."""
+    digest = blake2b(row["image_id"].encode(), digest_size=8).digest()
+    return generator(seed, purpose, row["epoch"], *np.frombuffer(digest, np.uint32).tolist())
+
+
+def _donor(samples: Sequence[Sample], number: int, rng: np.random.Generator) -> Sample | None:
+    """Choose another sample of the micro-batch, whose instances may be pasted into this one."""
+    others = [*samples[:number], *samples[number + 1 :]]
+    return others[rng.integers(len(others))] if others else None
+
+
+def _store_bytes(training_set: TrainingSet, order: Order, num_workers: int) -> int:
+    """Return what the feed may hold in Ray's object store."""
+    decoded = order.batch_size * SAMPLE_BYTES * BATCHES_IN_STORE * num_workers
+    sealed = order.window_chunks * training_set.num_bytes // len(training_set.chunks)
+    return max(MIN_STORE_BYTES, decoded + sealed)

@@ -1,0 +1,147 @@
+"""`segjobs train --train URI --val URI --output URI`: packed shards to a model bundle.
+
+Input: sets that `pack --annotations` made, and a bundle to start from or an architecture. Output:
+`checkpoints/`, `curves.png`, `tensorboard/`, `history.json`, at the end `bundle/`, `_manifest.json`
+and `_SUCCESS`. Run the same command again to go on. Throughput on named hardware stands in the README.
+"""
+
+import time
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs import checkpoints, train_result, train_task, train_worker, write
+from jobs.board import Board, watched
+from jobs.cluster import connect, resources
+from jobs.config import ConfigError, TrainConfig
+from jobs.console import TrainingProgress, console, facts
+from jobs.storage import arrow_location, open_store
+from jobs.train_task import Task
+from jobs.train_worker import Job
+from segmodel.training import TrainingError
+
+RAY_FOLDER = "_ray"
+# A worker reserves less than the CPU it uses, so that the tasks that decode and augment find room on
+# a machine whose CPUs all have a worker.
+WORKER_CPUS = 0.5
+# Workers wait for the slowest one's share of an evaluation.
+TIMEOUT_S = 3600
+# glibc gives freed tensors back to the system and asks for them again: a fifth of a step's time on
+# two cores of an AMD EPYC went into fresh pages.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
+
+
+def run(config: TrainConfig) -> int:
+    """Train or go on, and make the bundle; return the exit code."""
+    output = open_store(config.output, config.endpoint_url)
+    connect(config.address)
+    workers, gpus = _lay_out(config)
+    task = train_task.make(config, gpus=gpus, most_workers=workers[1])
+    train_task.freeze(output, config, task)
+    if output.info(write.SUCCESS) is not None:
+        console.print(f"{config.output} is finished: nothing to do.")
+        return 0
+    _show_plan(config, task, workers, checkpoints.last(output))
+    started = time.time()
+    job = Job(
+        bundle=ray.put(task.bundle),
+        recipe=task.recipe,
+        augmentation=task.augmentation,
+        train=task.train,
+        val=task.val,
+        output=output,
+        batch_size=config.batch_size,
+        eval_every=config.eval_every,
+        checkpoint_every=config.checkpoint_every,
+        threads=max(1, int(resources()[0] / workers[1])),
+        board=ray.remote(num_cpus=0)(Board).remote(),
+    )
+    _fit(config, job, workers, gpus=gpus)
+    path = checkpoints.last(output)
+    assert path is not None
+    train_result.finish(config, output, task, checkpoints.load(output, path), time.time() - started)
+    return 0
+
+
+def _lay_out(config: TrainConfig) -> tuple[tuple[int, int], bool]:
+    """Return the fewest and most workers, and whether each has a GPU.
+
+    Raises:
+        ConfigError: They do not fit.
+    """
+    cpus, gpus = resources()
+    workers = config.worker_range or (max(1, int(gpus)),) * 2
+    room = int(gpus) if gpus else int(cpus / WORKER_CPUS) - 1
+    if workers[0] > max(1, room) and not config.address:
+        raise ConfigError(
+            f"{workers[0]} workers do not fit: this Ray has {cpus:g} CPUs and {gpus:g} GPUs, room for "
+            f"{room}. Lower --workers, or name a larger cluster by --address"
+        )
+    return workers, gpus > 0
+
+
+def _fit(config: TrainConfig, job: Job, workers: tuple[int, int], *, gpus: bool) -> None:
+    """Run the workers to the end.
+
+    Raises:
+        TrainingError: Data or settings stopped them, or too many were lost.
+    """
+    filesystem, path = arrow_location(config.output, config.endpoint_url)
+    trainer = TorchTrainer(
+        train_worker.run,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=TIMEOUT_S),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers[0] if workers[0] == workers[1] else workers,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray's own state, of no use to a later run: ours lies in checkpoints.
+            name=f"run-{time.time_ns()}",
+            storage_path=f"{path}/{RAY_FOLDER}",
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    failed: Exception | None = None
+    with TrainingProgress(config.epochs) as progress, watched(job.board, progress.show):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            failed = error
+    # What Ray keeps of a run that is over helps nobody.
+    filesystem.delete_dir_contents(f"{path}/{RAY_FOLDER}", missing_dir_ok=True)
+    message = ray.get(job.board.failure.remote())
+    if message is not None:
+        raise TrainingError(message)
+    if failed is not None:
+        raise TrainingError(
+            f"training stopped: {failed}. Run the same command again to go on from the last checkpoint."
+        ) from failed
+
+
+def _show_plan(config: TrainConfig, task: Task, workers: tuple[int, int], at: str | None) -> None:
+    least, most = workers
+    train, val, settings = task.train, task.val, task.bundle.settings
+    skipped = f" ({train.num_skipped} in error are left out)" if train.num_skipped else ""
+    facts(
+        "Training" if at is None else "Training, going on",
+        [
+            ("train on", f"{train.num_rows} images{skipped}, {len(train.categories)} categories"),
+            ("evaluate on", "nothing" if val is None else f"{val.num_rows} images"),
+            ("start from", task.origin if at is None else at),
+            (
+                "network",
+                f"{settings.arch}, {settings.min_size} to {settings.max_size} pixels",
+            ),
+            ("workers", f"{least}" if least == most else f"{least} to {most}"),
+            ("epochs", f"{config.epochs}, {config.batch_size} images of each worker at a time"),
+        ],
+    )

@@ -1,0 +1,114 @@
+"""What a training leaves: the bundle of the best checkpoint, its card, curves, and the marks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from jobs import checkpoints, write
+from jobs.checkpoints import Checkpoint, Point
+from jobs.config import TrainConfig
+from jobs.console import duration, facts
+from jobs.store import Store
+from jobs.train_task import Task, described_by
+from jobs.train_worker import CURVES
+from jobs.weights import save_bundle
+from segmodel.bundle import Bundle
+
+HISTORY, BUNDLE, TENSORBOARD = "history.json", "bundle", "tensorboard"
+
+
+def finish(
+    config: TrainConfig, output: Store, task: Task, last: Checkpoint, seconds: float
+) -> None:
+    """Write the bundle of the best checkpoint, history, TensorBoard files, manifest and success mark.
+
+    Args:
+        config: As it was asked for.
+        output: Of the training.
+        task: What was trained.
+        last: The checkpoint at the end.
+        seconds: That this run took.
+    """
+    best = last
+    if last.best is not None and last.best["step"] != last.steps:
+        best = checkpoints.load(output, checkpoints.path_of(last.best["step"]))
+    trained = _bundle(config, task, best, last.best or {})
+    uri = f"{config.output.rstrip('/')}/{BUNDLE}"
+    save_bundle(uri, trained, config.endpoint_url)
+    output.put(HISTORY, json.dumps(last.history, indent=1).encode())
+    _put_tensorboard(output, last.history)
+    manifest = {
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": last.steps,
+        "bundle_of_step": best.steps,
+        "model_digest": trained.digest,
+        "scores": trained.metrics.get("validation", {}),
+        "config": asdict(config),
+        "seconds_of_this_run": round(seconds, 1),
+        "versions": {p: version(p) for p in ("segjobs", "ray", "torch", "torchvision")},
+    }
+    write.put_marks(output, manifest)
+    _show_summary(output, uri, trained, best, last, seconds)
+
+
+def _bundle(config: TrainConfig, task: Task, best: Checkpoint, scored: Mapping[str, Any]) -> Bundle:
+    scores = {name: round(value, 4) for name, value in scored.items() if "_A" in name}
+    part = "average/" if config.ema_decay else "model/"
+    return replace(
+        task.bundle,
+        weights={
+            name.removeprefix(part): tensor
+            for name, tensor in best.tensors.items()
+            if name.startswith(part)
+        },
+        provenance={
+            "trained by": "segjobs train",
+            "started from": config.model or f"random weights, seed {config.seed}",
+            "first digest": task.bundle.digest[:12],
+            "training set": f"{config.train}: {task.train.num_rows} images, digest {task.train.digest[:12]}",
+            "validation set": task.val
+            and f"{config.val}: {task.val.num_rows} images, digest {task.val.digest[:12]}",
+            "step": best.steps,
+            "settings": described_by(config),
+        },
+        metrics={"validation": scores} if scores else {},
+        digest="",
+    )
+
+
+def _put_tensorboard(output: Store, history: Sequence[Point]) -> None:
+    """Write the history as one file of TensorBoard events, in place of an older one."""
+    for found in list(output.list_objects(TENSORBOARD)):
+        output.delete(found.path)
+    with TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for point in history:
+                for name, value in point.items():
+                    if name not in ("step", "epoch"):
+                        group = "validation" if "_A" in name else "training"
+                        writer.add_scalar(f"{group}/{name}", value, point["step"])
+        for file in Path(folder).iterdir():
+            output.put(f"{TENSORBOARD}/{file.name}", file.read_bytes())
+
+
+def _show_summary(
+    output: Store, uri: str, trained: Bundle, best: Checkpoint, last: Checkpoint, seconds: float
+) -> None:
+    rows = [("steps", f"{last.steps}, this run took {duration(seconds)}")]
+    scores: Mapping[str, float] = trained.metrics.get("validation", {})
+    if scores:
+        named = ", ".join(
+            f"{name.replace('_', ' ')} {scores[name]:.3f}"
+            for name in ("mask_AP", "mask_AP50", "box_AP", "box_AP50")
+            if name in scores
+        )
+        rows.append(("best", f"step {best.steps}: {named}"))
+    rows += [("curves", output.url(CURVES)), ("bundle", f"{uri} ({trained.digest[:12]})")]
+    facts("Done", rows)

@@ -1,0 +1,257 @@
+"""The training loop, as it runs in each worker of Ray Train.
+
+Everything it needs to go on lies in checkpoints in the output, so a worker, a node or the driver may
+be lost at any time: what starts next goes on from the last one.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray import cloudpickle
+
+from jobs import checkpoints, feed, training_set
+from jobs.checkpoints import Checkpoint, Point
+from jobs.store import Store
+from jobs.training_set import TrainingSet
+from segmodel import masks, plots
+from segmodel.augment import Augmentation
+from segmodel.batching import ahead
+from segmodel.bundle import Bundle
+from segmodel.evaluation import CocoMatches, Evaluation
+from segmodel.images import decode
+from segmodel.inference import Image, Predictor
+from segmodel.schema import detection_rows
+from segmodel.targets import Sample
+from segmodel.training import Recipe, Trainer, TrainingError
+
+CURVES = "curves.png"
+# Points of the loss in a training's history, at most twice as many: what a plot can show.
+MOST_POINTS = 1000
+# Steps between two looks for a notice that a node will be taken away: all workers agree on the
+# answer, which takes them some milliseconds.
+PREEMPTION_STEPS = 10
+DECODED_AHEAD = 2  # images for each decoding thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the workers need. Can be pickled.
+
+    Attributes:
+        bundle: The weights to start with, in Ray's object store.
+        recipe: How to train.
+        augmentation: How samples are varied.
+        train: What to train on.
+        val: What to evaluate with, if anything.
+        output: Where checkpoints and curves go.
+        batch_size: Images of a worker at a time.
+        eval_every: Epochs between evaluations.
+        checkpoint_every: Steps between checkpoints.
+        threads: Of a worker on a CPU, and for decoding.
+        board: Actor of `board.Board`.
+    """
+
+    bundle: "ray.ObjectRef[Bundle]"
+    recipe: Recipe
+    augmentation: Augmentation
+    train: TrainingSet
+    val: TrainingSet | None
+    output: Store
+    batch_size: int
+    eval_every: int
+    checkpoint_every: int
+    threads: int
+    board: Any
+
+
+def run(config: Mapping[str, Any]) -> None:
+    """Train to the end; Ray Train calls it in each worker, again after a failure."""
+    job: Job = config["job"]
+    if ray.get(job.board.failure.remote()):
+        return
+    try:
+        _Training(job).go()
+    except (ValueError, TrainingError) as error:
+        # What data or settings did would happen again.
+        ray.get(job.board.fail.remote(str(error)))
+        raise
+
+
+class _Training:
+    """One worker's part."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.rank, self.num_workers = dist.get_rank(), dist.get_world_size()
+        device = ray.train.torch.get_device()
+        if device.type == "cpu":
+            torch.set_num_threads(job.threads)
+        self.bundle = ray.get(job.bundle)
+        self.trainer = Trainer(self.bundle, job.recipe, device)
+        self.order = feed.make_order(job.train, job.batch_size, job.recipe.seed)
+        self.position = 0
+        self.history: list[Point] = []
+        self.best: Point | None = None
+        self.saved_at: int | None = None
+        self._go_on_from(self._agreed(checkpoints.last(job.output)))
+        # Micro-batches in a step of all workers.
+        self.stride = self.num_workers * job.recipe.accumulate
+        whole_steps = (self.order.start(job.recipe.epochs) - self.position) // self.stride
+        self.stop = self.position + whole_steps * self.stride
+        steps = self.order.start(job.recipe.epochs) // self.stride
+        self.log_every = max(1, steps // MOST_POINTS)
+
+    def go(self) -> None:
+        """Train, evaluate and save until nothing is left."""
+        self.clock = time.monotonic()
+        for samples in self._micro_batches():
+            started = self.position
+            self._step(samples)
+            if self.job.val is not None and self._evaluation_is_due(started):
+                self._evaluate(self.job.val)
+                self._save()
+                self.clock = time.monotonic()
+            elif self.trainer.steps % self.job.checkpoint_every == 0 or self._will_be_preempted():
+                self._save()
+        if self.saved_at != self.trainer.steps:
+            self._save()
+
+    def _go_on_from(self, path: str | None) -> None:
+        if path is None:
+            return
+        found = checkpoints.load(self.job.output, path)
+        self.trainer.load(found.tensors, found.plain)
+        self.position, self.history, self.best = found.position, [*found.history], found.best
+        self.saved_at = found.steps
+
+    def _micro_batches(self) -> Iterator[tuple[list[Sample], ...]]:
+        """Yield what this worker trains on in each step."""
+        recipe = feed.Recipe(
+            labels={category.id: category.label for category in self.bundle.categories},
+            augmentation=self.job.augmentation,
+            seed=self.job.recipe.seed,
+        )
+        for span in feed.segments(self.order, self.position, self.stop, self.stride):
+            shares = None
+            if self.rank == 0:
+                shares = feed.split(self.job.train, self.order, recipe, span, self.num_workers)
+            mine = self._agreed(shares)[self.rank]
+            samples = (some for _, some in feed.batches(mine))
+            yield from zip(*[samples] * self.job.recipe.accumulate, strict=True)
+
+    def _agreed(self, value: Any) -> Any:
+        """Return what rank 0 has."""
+        box = [cloudpickle.dumps(value) if self.rank == 0 else None]
+        dist.broadcast_object_list(box)
+        return cloudpickle.loads(box[0])
+
+    def _step(self, samples: tuple[list[Sample], ...]) -> None:
+        found = self.trainer.step(samples, self._epoch())
+        self.position += self.stride
+        if self.rank:
+            return
+        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        point = {
+            "step": self.trainer.steps,
+            "epoch": round(self._epoch(), 4),
+            **found,
+            "images_per_second": found["images"] / seconds,
+        }
+        if self.trainer.steps % self.log_every == 0:
+            self.history.append(point)
+        self.job.board.post.remote({**point, "share": self.position / self.stop})
+
+    def _epoch(self) -> float:
+        """Return the epochs done so far, with their fraction."""
+        epoch = self.order.epoch(self.position)
+        first, behind = self.order.start(epoch), self.order.start(epoch + 1)
+        return epoch + (self.position - first) / (behind - first)
+
+    def _evaluation_is_due(self, before: int) -> bool:
+        if self.position == self.stop:
+            return True
+        first, now = self.order.epoch(before), self.order.epoch(self.position)
+        return now // self.job.eval_every > first // self.job.eval_every
+
+    def _evaluate(self, val: TrainingSet) -> None:
+        """Evaluate the weights as they are now, each worker a part of the set."""
+        self.trainer.share_statistics()
+        bundle = replace(self.bundle, weights=self.trainer.weights(), digest="")
+        parts: list[Any] = [None] * self.num_workers
+        dist.all_gather_object(parts, self._matches(val, bundle))
+        matches: CocoMatches = parts[0]
+        for part in parts[1:]:
+            matches.merge(part)
+        found = matches.summary()
+        point = {"step": self.trainer.steps, "epoch": round(self._epoch(), 4), **_scores(found)}
+        self.history.append(point)
+        score = "mask_AP" if found.mask is not None else "box_AP"
+        if self.best is None or point[score] > self.best[score]:
+            self.best = point
+        if self.rank == 0:
+            self.job.board.post.remote(point)
+
+    def _matches(self, val: TrainingSet, bundle: Bundle) -> CocoMatches:
+        matches = CocoMatches()
+        predictor = Predictor(bundle, str(self.trainer.device), "fp32")
+        chunks = val.chunks[self.rank :: self.num_workers]
+        waiting: dict[int, dict[str, Any]] = {}
+
+        def decoded() -> Iterator[tuple[int, Image]]:
+            rows = training_set.rows(chunks)
+            with ThreadPoolExecutor(self.job.threads) as pool:
+                under_way = ahead(
+                    lambda row: decode(row.pop("data")),
+                    rows,
+                    pool,
+                    DECODED_AHEAD * self.job.threads,
+                )
+                for number, (row, image) in enumerate(under_way):
+                    waiting[number] = row
+                    yield number, image.result()
+
+        for number, found in predictor.stream(decoded()):
+            truth = {**waiting.pop(number), "status": "ok"}
+            assert found.mask_probs is not None
+            rles = masks.encode(found.mask_probs, found.boxes_xyxy, found.size_hw)
+            rows = detection_rows(found, rles, bundle.by_label())
+            matches.add(truth, {**truth, "detections": rows})
+        return matches
+
+    def _will_be_preempted(self) -> bool:
+        if self.trainer.steps % PREEMPTION_STEPS:
+            return False
+        return ray.train.get_preemption_info() is not None
+
+    def _save(self) -> None:
+        """Write a checkpoint, and the curves so far."""
+        self.trainer.share_statistics()
+        self.saved_at = self.trainer.steps
+        if self.rank:
+            return
+        tensors, plain = self.trainer.state()
+        checkpoint = Checkpoint(
+            steps=self.trainer.steps,
+            position=self.position,
+            tensors=tensors,
+            plain=plain,
+            history=self.history,
+            best=self.best,
+        )
+        checkpoints.save(self.job.output, checkpoint)
+        self.job.output.put(CURVES, plots.curves(self.history))
+        self.job.board.post.remote({"step": self.trainer.steps, "saved": True})
+
+
+def _scores(found: Evaluation) -> dict[str, float]:
+    scores = {f"box_{name}": value for name, value in found.box.numbers.items()}
+    if found.mask is not None:
+        scores |= {f"mask_{name}": value for name, value in found.mask.numbers.items()}
+    return scores

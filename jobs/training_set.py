@@ -1,0 +1,230 @@
+"""Packed sets to train on: which rows there are, found in the shards' footers, and how they are read."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.chunks import SHARDS_FOLDER
+from jobs.detect import InputError
+from jobs.storage import open_store
+from jobs.store import ObjectInfo, StorageError, Store
+from jobs.write import FOOTER_THREADS, FOOTER_WINDOW, MANIFEST
+from segmodel.schema import IMAGE, TRAINING
+
+# What a row of a chunk has in memory: `image_id`, what `targets.to_sample` reads, and the file.
+ROWS = pa.schema(
+    [
+        *(TRAINING.field(name) for name in ("image_id", "height", "width", "detections")),
+        pa.field("data", IMAGE.field("bytes").type),
+    ]
+)
+_COLUMNS = [*ROWS.names[:-1], "image.bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGroup:
+    """A row group of a shard: what is read at once.
+
+    Attributes:
+        store: The packed set.
+        info: The shard.
+        group: Its number in the shard.
+        num_rows: Rows that can be trained on.
+        num_bytes: Bytes in the shard.
+        skipped: Positions in the group of rows in error.
+    """
+
+    store: Store
+    info: ObjectInfo
+    group: int
+    num_rows: int
+    num_bytes: int
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def url(self) -> str:
+        """Name of the shard for a person."""
+        return self.store.url(self.info.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """What there is to train on, or to evaluate with.
+
+    Attributes:
+        chunks: Row groups with at least one row that is ok.
+        categories: Id and name of each, by id.
+        num_rows: Rows that are ok.
+        num_skipped: Rows in error.
+        num_bytes: Of the row groups.
+        digest: Changes whenever a shard does.
+    """
+
+    chunks: tuple[RowGroup, ...]
+    categories: tuple[tuple[int, str], ...]
+    num_rows: int
+    num_skipped: int
+    num_bytes: int
+    digest: str
+
+
+def load(uris: Sequence[str], endpoint_url: str | None) -> TrainingSet:
+    """Look at one or more packed sets; their rows are taken together.
+
+    Args:
+        uris: Outputs of `pack`, each a folder with `_manifest.json` and `shards/*.parquet`.
+        endpoint_url: See `storage.open_store`.
+
+    Raises:
+        InputError: Nothing is there, it is no packed set, no row of it is ok, or the sets' categories
+            contradict each other.
+    """
+    chunks: list[RowGroup] = []
+    categories: dict[int, str] = {}
+    digest = hashlib.sha256()
+    for uri in uris:
+        store = open_store(uri, endpoint_url)
+        infos = _shards(store)
+        for number, name in _categories(store):
+            if categories.setdefault(number, name) != name:
+                raise InputError(
+                    f"category {number} is {categories[number]!r} in one set and {name!r} in "
+                    f"{store.uri}: sets that are taken together need the same categories"
+                )
+        digest.update(json.dumps([(i.path, i.size, i.etag) for i in infos]).encode())
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+            for groups in pool.map(_row_groups, [store] * len(infos), infos):
+                chunks += groups
+    digest.update(json.dumps(sorted(categories.items())).encode())
+    kept = tuple(chunk for chunk in chunks if chunk.num_rows)
+    if not kept:
+        raise InputError(f"no row at {', '.join(uris)} is ok: there is nothing to train on")
+    return TrainingSet(
+        chunks=kept,
+        categories=tuple(sorted(categories.items())),
+        num_rows=sum(chunk.num_rows for chunk in kept),
+        num_skipped=sum(len(chunk.skipped) for chunk in chunks),
+        num_bytes=sum(chunk.num_bytes for chunk in kept),
+        digest=digest.hexdigest(),
+    )
+
+
+def read_chunk(chunk: RowGroup) -> pa.Table:
+    """Read the rows of a chunk that are ok, with page checksums verified.
+
+    Returns:
+        A table of `ROWS` with `chunk.num_rows` rows, in the shard's order.
+
+    Raises:
+        StorageError: The shard changed, is gone or is damaged, or the store failed for good.
+    """
+    # The first read fetches all of the group, the one of the footer before it what is behind.
+    file = _open(chunk.store, chunk.info, chunk.num_bytes)
+    try:
+        table = file.read_row_group(chunk.group, columns=_COLUMNS, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
+        raise StorageError(
+            f"row group {chunk.group} of {chunk.url} is damaged: {' '.join(str(error).split())}: "
+            "pack this set again"
+        ) from error
+    data = table["image"].combine_chunks().field("bytes")
+    table = pa.table([*(table[name] for name in ROWS.names[:-1]), data], schema=ROWS)
+    if chunk.skipped:
+        skipped = set(chunk.skipped)
+        table = table.take([row for row in range(table.num_rows) if row not in skipped])
+    assert table.num_rows == chunk.num_rows, f"{chunk} gave {table.num_rows} rows"
+    return table
+
+
+def rows(chunks: Sequence[RowGroup]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of chunks, each a dictionary with the columns of `ROWS`.
+
+    The next chunk is read while the rows of one are used.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        reads = (pool.submit(read_chunk, chunk) for chunk in chunks)
+        ahead = next(reads, None)
+        while ahead is not None:
+            table, ahead = ahead.result(), next(reads, None)
+            for batch in table.to_batches(max_chunksize=1):
+                yield batch.to_pylist()[0]
+
+
+def _shards(store: Store) -> list[ObjectInfo]:
+    infos = [i for i in store.list_objects(SHARDS_FOLDER) if i.path.endswith(".parquet")]
+    if infos:
+        return infos
+    if next(store.list_objects(), None) is None:
+        raise InputError(f"there is nothing at {store.uri}: check the path and --endpoint-url")
+    raise InputError(
+        f"{store.uri} is no packed set, it has no {SHARDS_FOLDER}/*.parquet: {_ADVICE}"
+    )
+
+
+_ADVICE = "`segjobs pack --images URI --annotations COCO.json --output URI` makes one"
+
+
+def _categories(store: Store) -> list[tuple[int, str]]:
+    try:
+        manifest = json.loads(store.read(MANIFEST))
+    except FileNotFoundError:
+        raise InputError(
+            f"{store.uri} has no {MANIFEST}: it is no packed set, or its packing was not finished"
+        ) from None
+    if not manifest.get("categories"):
+        raise InputError(f"{store.uri} was packed without annotations, no categories: {_ADVICE}")
+    return [(category["id"], category["name"]) for category in manifest["categories"]]
+
+
+def _open(store: Store, info: ObjectInfo, window: int) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(
+            store.open(info, window), page_checksum_verification=True, pre_buffer=False
+        )
+    except pa.ArrowException as error:
+        raise StorageError(f"{store.url(info.path)} is no Parquet file: {error}") from error
+
+
+def _row_groups(store: Store, info: ObjectInfo) -> list[RowGroup]:
+    file = _open(store, info, FOOTER_WINDOW)
+    schema = file.schema_arrow
+    missing = [name for name in (*ROWS.names[:-1], "status") if name not in schema.names]
+    if missing or "image" not in schema.names or schema.field("image").type != IMAGE:
+        lacks = ", ".join(missing) or "the bytes of images"
+        raise InputError(
+            f"{store.url(info.path)} lacks {lacks}: it is no shard to train on: {_ADVICE}"
+        )
+    groups = []
+    for group in range(file.metadata.num_row_groups):
+        found = file.metadata.row_group(group)
+        columns = [found.column(number) for number in range(found.num_columns)]
+        skipped = _skipped(file, group, columns)
+        groups.append(
+            RowGroup(
+                store=store,
+                info=info,
+                group=group,
+                num_rows=found.num_rows - len(skipped),
+                num_bytes=sum(column.total_compressed_size for column in columns),
+                skipped=skipped,
+            )
+        )
+    return groups
+
+
+def _skipped(file: pq.ParquetFile, group: int, columns: Sequence[Any]) -> tuple[int, ...]:
+    """Return the positions of rows in error; the column is read only where its statistics know of one."""
+    (status,) = (column for column in columns if column.path_in_schema == "status")
+    known = status.statistics
+    if known is not None and known.has_min_max and known.min == known.max == "ok":
+        return ()
+    values = file.read_row_group(group, columns=["status"], use_threads=False)["status"]
+    return tuple(n for n, value in enumerate(values.to_pylist()) if value != "ok")
