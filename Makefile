@@ -3,10 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench lock clean
+.PHONY: demo demo-model test lint bench lock clean
 
 demo: .venv/.ready
 	$(BIN)/segjobs demo
+
+# The model that the demo ships, trained again from nothing: about half an hour on two cores.
+demo-model: .venv/.ready
+	$(BIN)/python -m jobs.demo_model build/demo-model
 
 test: .venv/.ready
 	$(BIN)/pytest

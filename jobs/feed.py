@@ -1,17 +1,18 @@
 """The feed: micro-batches of decoded and augmented samples, streamed by Ray Data to N training workers.
 
-One row of the data set is one sealed micro-batch (`envelope`), and one block is one row. A read task
-reads a window of `segmodel.order`; each micro-batch is then decoded and augmented in a task of its
-own, outside of the training processes. Blocks keep their order and are dealt in turn, so worker r
-of N gets the micro-batches `start + r`, `start + N + r`, ...; each of them checks that.
+A read task reads a window of `segmodel.order` and passes it on in pieces; each piece is decoded and
+augmented in a task of its own, outside of the training processes, and becomes blocks of one row, which
+is one sealed micro-batch (`envelope`). Blocks keep their order and are dealt in turn, so worker r of N
+gets the micro-batches `start + r`, `start + N + r`, ...; each of them checks that.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow as pa
 import ray.data
 
 from jobs.cluster import plain_errors
-from jobs.envelope import seal, unseal
+from jobs.envelope import Envelope, seal, unseal
 from jobs.source import READ_CPUS
 from jobs.training_set import TrainingSet
 from jobs.windows import Windows
@@ -29,14 +30,13 @@ from segmodel.order import Order, generator
 from segmodel.targets import Sample, TargetError, from_table, to_sample, to_table
 
 # Decoding and augmenting keep a core busy. They reserve half of one, so that on two CPUs two
-# training workers of half a CPU each leave room for one of these and a reader.
+# training workers of half a CPU each leave room for one of these and two readers.
 AUGMENT_CPUS = 0.5
-# A task costs Ray some milliseconds; so many micro-batches share it.
-BATCHES_PER_TASK = 4
 # Rows that are shuffled together, and the bytes that a reader may hold for them.
 WINDOW_ROWS, WINDOW_BYTES = 512, 128 * 2**20
-# Windows that are read ahead of the one in use: at least this many at once.
-MIN_READERS = 2
+# Windows that are read at once: one that is in use and one ahead, more for many workers. A reader
+# that waits for its window to be used keeps its share of a CPU.
+MIN_READERS, WORKERS_PER_READER = 2, 2
 # A data set of Ray has a task for each of its windows from the start: so many at most.
 SEGMENT_WINDOWS = 256
 # Micro-batches that each worker holds beside the one it trains on.
@@ -98,6 +98,11 @@ def make_order(training_set: TrainingSet, batch_size: int, seed: int) -> Order:
     )
 
 
+def min_cpus(num_workers: int) -> float:
+    """Return the CPUs that have to be free beside those of the workers: with fewer, all would wait."""
+    return _num_readers(num_workers) * READ_CPUS + AUGMENT_CPUS
+
+
 def segments(order: Order, start: int, stop: int, num_workers: int) -> Iterator[tuple[int, int]]:
     """Cut the micro-batches `start` to `stop` into parts for one `split` each.
 
@@ -145,11 +150,11 @@ def split(
                 Windows(training_set.chunks, order, windows),
                 override_num_blocks=len(windows),
                 num_cpus=READ_CPUS,
-                compute=ray.data.TaskPoolStrategy(max(MIN_READERS, num_workers)),
+                compute=ray.data.TaskPoolStrategy(_num_readers(num_workers)),
             )
             .map_batches(
                 partial(make_samples, recipe=recipe),
-                batch_size=BATCHES_PER_TASK,
+                batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=AUGMENT_CPUS,
             )
@@ -187,15 +192,17 @@ def batches(share: Share) -> Iterator[tuple[int, list[Sample]]]:
 
 
 def make_samples(block: pa.Table, recipe: Recipe) -> Iterator[pa.Table]:
-    """Decode and augment sealed micro-batches of rows; yield each as a sealed table of `SAMPLES`."""
-    for number in range(block.num_rows):
-        yield _augmented(block.slice(number, 1), recipe)
+    """Decode and augment a sealed piece of a window; yield its micro-batches, sealed, of `SAMPLES`."""
+    piece = unseal(block)
+    rows = piece.table.to_pylist()
+    for number, batch in groupby(rows, itemgetter("number")):
+        started = time.perf_counter()
+        made = to_table(_augmented(list(batch), recipe))
+        seconds = {**piece.seconds, "augment": time.perf_counter() - started}
+        yield seal(Envelope(chunk_id=str(number), seconds=seconds, table=made))
 
 
-def _augmented(block: pa.Table, recipe: Recipe) -> pa.Table:
-    started = time.perf_counter()
-    sealed = unseal(block)
-    rows = sealed.table.to_pylist()
+def _augmented(rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[Sample]:
     samples = [_sample(row, recipe) for row in rows]
     made = []
     for number, row in enumerate(rows):
@@ -204,8 +211,7 @@ def _augmented(block: pa.Table, recipe: Recipe) -> pa.Table:
             donor = _donor(samples, number, _generator(recipe.seed, _DONOR, row))
         rng = _generator(recipe.seed, _SAMPLE, row)
         made.append(augment(samples[number], recipe.augmentation, rng, donor))
-    seconds = {**sealed.seconds, "augment": time.perf_counter() - started}
-    return seal(replace(sealed, table=to_table(made), seconds=seconds))
+    return made
 
 
 def _sample(row: Mapping[str, Any], recipe: Recipe) -> Sample:
@@ -230,6 +236,10 @@ def _donor(samples: Sequence[Sample], number: int, rng: np.random.Generator) -> 
     """Choose another sample of the micro-batch, whose instances may be pasted into this one."""
     others = [*samples[:number], *samples[number + 1 :]]
     return others[rng.integers(len(others))] if others else None
+
+
+def _num_readers(num_workers: int) -> int:
+    return max(MIN_READERS, num_workers // WORKERS_PER_READER)
 
 
 def _store_bytes(training_set: TrainingSet, order: Order, num_workers: int) -> int:

@@ -3,8 +3,9 @@
 Full-size masks are made nowhere: 100 instances of an 800 x 1333 image would be 427 MB in float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -144,10 +145,18 @@ def to_table(samples: Sequence[Sample]) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Sample]:
-    """Return the samples of a table of `SAMPLES`; pixels are not copied and cannot be written."""
-    pixels = [value.as_buffer() for value in table["pixels"]]
+    """Return the samples of a table of `SAMPLES`; pixels are views of it, and not to be written to."""
+    pixels = [view for chunk in table["pixels"].chunks for view in _views(chunk)]
     rows = table.drop_columns("pixels").to_pylist()
     return [_from_row(row, data) for row, data in zip(rows, pixels, strict=True)]
+
+
+def _views(column: pa.LargeBinaryArray) -> Iterator[pa.Buffer]:
+    """Yield the values of a column without a copy, which scalars of pyarrow would make."""
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    for start, stop in pairwise(bounds.tolist()):
+        yield data.slice(start, stop - start)
 
 
 def _from_row(row: Mapping[str, Any], pixels: pa.Buffer) -> Sample:
@@ -179,6 +188,11 @@ def _bits(sample: Sample) -> bytes:
 def _crop(row: Mapping[str, Any], detection: Mapping[str, Any]) -> Crop | None:
     if detection["segmentation"] is None:
         raise TargetError(f"{row['image_id']}: an instance has no mask, and training needs one")
+    if tuple(detection["segmentation"]["size"]) != (row["height"], row["width"]):
+        raise TargetError(
+            f"{row['image_id']}: a mask is for {detection['segmentation']['size']} pixels, the image "
+            f"has {[row['height'], row['width']]}"
+        )
     try:
         return tight(*decode_crop(detection["segmentation"]))
     except ValueError as error:

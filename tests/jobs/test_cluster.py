@@ -34,6 +34,20 @@ def test_errors_of_tasks_come_as_themselves(ray_local: None) -> None:
         ray.get(task.remote(AssertionError("ours")))
 
 
+def test_errors_that_an_actor_passes_on_come_as_themselves(ray_local: None) -> None:
+    @ray.remote(num_cpus=0.1)
+    def task() -> None:
+        raise StorageError("the bucket is gone")
+
+    @ray.remote(num_cpus=0.1)
+    def between() -> None:
+        ray.get(task.remote())
+
+    with pytest.raises(StorageError, match="the bucket is gone") as caught, plain_errors():
+        ray.get(between.remote())
+    assert type(caught.value) is StorageError
+
+
 def config(**more: object) -> PredictConfig:
     return PredictConfig(input="i", output="o", model="m", **more)  # type: ignore[arg-type]
 

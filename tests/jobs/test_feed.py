@@ -49,8 +49,9 @@ def without_ray(packed: TrainingSet, order: Order, how: Recipe, stop: int) -> It
     for window in order.windows(0, stop):
         chunks = [packed.chunks[number] for number in window.chunks]
         for block in read_window(chunks, window, order.batch_size, order.seed):
-            sealed = unseal(feed.make_samples(block, how))
-            yield int(sealed.chunk_id), from_table(sealed.table)
+            for made in feed.make_samples(block, how):
+                sealed = unseal(made)
+                yield int(sealed.chunk_id), from_table(sealed.table)
 
 
 def consume(share: Share) -> list[Batch]:
@@ -78,16 +79,13 @@ def by_number(batches: list[Batch] | Iterator[Batch]) -> dict[int, list[tuple[An
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("consumers", [in_processes, in_threads])
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize(("num_workers", "consumers"), [(2, in_processes), (3, in_threads)])
 def test_workers_get_their_micro_batches_in_turn(
     ray_local: None,
     packed: TrainingSet,
     num_workers: int,
     consumers: Callable[[list[Share]], list[list[Batch]]],
 ) -> None:
-    if (num_workers, consumers) == (2, in_threads):
-        pytest.skip("two workers are shown by processes, three by both")
     order = make_order(packed)
     # From within a window to within another one, two epochs later.
     start = 3
@@ -101,12 +99,16 @@ def test_workers_get_their_micro_batches_in_turn(
 
 
 @pytest.mark.ray
-def test_an_image_that_cannot_be_decoded_stops_training_and_is_named(
+def test_what_cannot_be_trained_on_stops_training_and_is_named(
     ray_local: None, tmp_path: Path, put_packed: PutPacked
 ) -> None:
-    packed = damaged(tmp_path, put_packed)
+    put_packed(open_store(str(tmp_path)), 10, cut={4})
+    packed = training_set.load([str(tmp_path)], None)
     (share,) = feed.split(packed, make_order(packed), recipe(), (0, 3), 1)
     with pytest.raises(TargetError, match=r"all#4\.jpg in .*00000000\.parquet cannot be decoded"):
+        consume(share)
+    put_packed(open_store(str(tmp_path)), 11)
+    with pytest.raises(ChangedError, match=r"00000000\.parquet changed"):
         consume(share)
 
 
@@ -119,14 +121,6 @@ def test_a_micro_batch_out_of_turn_is_refused(ray_local: None, packed: TrainingS
         consume(replace(share, stop=3))
     with pytest.raises(AssertionError, match="micro-batch 1 is one more than the 1"):
         consume(replace(share, stop=1))
-
-
-def damaged(root: Path, put_packed: PutPacked) -> TrainingSet:
-    """A set in which image 4 breaks off in the middle of its pixels."""
-    store = open_store(str(root))
-    cut = put_packed(store, 10, shard_rows=10, cut={4})
-    assert len(cut) == 10
-    return training_set.load([str(root)], None)
 
 
 def test_a_sample_depends_on_seed_epoch_and_image_alone(packed: TrainingSet) -> None:
@@ -171,15 +165,6 @@ def test_a_category_that_the_model_lacks_is_refused(packed: TrainingSet) -> None
         next(without_ray(packed, make_order(packed), lacking, 1))
 
 
-def test_a_shard_that_changed_is_refused(tmp_path: Path, put_packed: PutPacked) -> None:
-    store = open_store(str(tmp_path))
-    put_packed(store, 10)
-    packed = training_set.load([str(tmp_path)], None)
-    put_packed(store, 11)
-    with pytest.raises(ChangedError, match=r"00000000\.parquet changed"):
-        next(without_ray(packed, make_order(packed), recipe(), 1))
-
-
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
 def test_segments_hold_as_many_micro_batches_for_each_worker(
     packed: TrainingSet, num_workers: int, monkeypatch: pytest.MonkeyPatch
@@ -210,3 +195,8 @@ def test_windows_are_bounded_in_rows_and_bytes(packed: TrainingSet) -> None:
     assert window_chunks(32, 10**6) == 16
     assert window_chunks(32, 32 * 10**6) == 4
     assert window_chunks(10_000, 10**9) == 1
+
+
+def test_two_workers_of_half_a_cpu_and_their_feed_fit_on_two() -> None:
+    assert 2 * 0.5 + feed.min_cpus(2) <= 2
+    assert feed.min_cpus(8) == 1.5

@@ -80,7 +80,11 @@ def _worker(rank: int, folder: str, batch: Sequence[Sample]) -> None:
     dist.destroy_process_group()
 
 
-def test_two_workers_with_half_the_batch_have_the_gradients_of_one_with_all(tmp_path: Path) -> None:
+def test_two_workers_with_half_the_batch_have_the_gradients_of_one_with_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The processes that start import this file by its name.
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     # One half has many objects, the other few or none: a mean of means would be another one.
     counted = sorted((sample(n) for n in range(12)), key=lambda one: len(one.labels))
     batch = [*counted[:2], *counted[-2:]]
@@ -182,14 +186,14 @@ def test_gradients_are_clipped_to_the_norm() -> None:
         [(a - b).norm() for a, b in zip(before, one.model.parameters(), strict=True)]
     ).norm()
     rate = 1.0 * 2 / 16
-    assert float(moved) <= 1e-6 * rate * 1.01
+    assert float(moved.detach()) <= 1e-6 * rate * 1.01
 
 
 def test_the_average_follows_the_weights() -> None:
     one = trainer(ema_decay=0.5, learning_rate=0.1, norm="train")
     name = "roi_heads.box_predictor.cls_score.weight"
     average = one.model.state_dict()[name].clone()
-    for step in range(1, 4):
+    for step in range(3):
         one.step([pairs(1)[0]], epoch=0.0)
         decay = min(0.5, (1 + step) / (10 + step))
         average += (1 - decay) * (one.model.state_dict()[name] - average)
