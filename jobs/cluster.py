@@ -10,6 +10,15 @@ import ray.data
 from ray.exceptions import RayTaskError
 
 
+# Ray stops idle processes beyond the number of CPUs after a second. Tasks that reserve a part of a CPU
+# have more, and one that is started again imports torch for seconds: of a training on two CPUs,
+# that took half of the time.
+LOCAL = {
+    "include_dashboard": False,
+    "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000},
+}
+
+
 def connect(address: str | None) -> bool:
     """Use the Ray at `address`, at `RAY_ADDRESS` or of this process, or start a local one.
 
@@ -19,7 +28,7 @@ def connect(address: str | None) -> bool:
     address = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         quieten()
-        settings = {"address": address} if address else {"include_dashboard": False}
+        settings = {"address": address} if address else LOCAL
         ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
     return bool(address)
 

@@ -21,6 +21,7 @@ import ray.data
 
 from jobs.cluster import plain_errors
 from jobs.envelope import Envelope, seal, unseal
+from jobs.pace import slow_down
 from jobs.source import READ_CPUS
 from jobs.training_set import TrainingSet
 from jobs.windows import Windows
@@ -137,6 +138,7 @@ def split(
     windows = list(order.windows(*span))
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
+    slow_down(context)
     context.target_max_block_size = ONE_ROW_PER_BLOCK
     # Of an error that Ray Data wraps, only the wrapping would pass from its process to the workers.
     context.raise_original_map_exception = True

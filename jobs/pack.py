@@ -32,7 +32,7 @@ from jobs.records import PackError, Records
 from jobs.source import READ_CPUS, Chunks, Work
 from jobs.storage import open_store
 from jobs.store import Store
-from segmodel.images import ImageError, probe
+from segmodel.images import ImageError, decode
 from segmodel.schema import TRAINING
 
 # Packing waits for storage: several share a CPU.
@@ -258,7 +258,8 @@ def _row(image: Mapping[str, Any]) -> dict[str, Any]:
     error, height, width = image["error"], None, None
     if error is None:
         try:
-            height, width = probe(image["data"])
+            # All of it: a file that is cut off has a good header, and would stop a training.
+            height, width = decode(image["data"]).shape[:2]
         except ImageError as problem:
             error = str(problem)
     return {

@@ -13,6 +13,7 @@ from jobs import encode
 from jobs.actor import Model, Pool, Predict
 from jobs.cluster import plain_errors
 from jobs.encode import Receipt
+from jobs.pace import slow_down
 from jobs.read import Source
 from jobs.source import READ_CPUS, Chunks, Work
 from jobs.store import Store
@@ -41,6 +42,7 @@ def run(
     """Do the work, and yield a receipt for each chunk when its object has been written."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    slow_down(context)
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         object_store_memory=_store_bytes(work, model, pool)
     )

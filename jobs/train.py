@@ -11,7 +11,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs import checkpoints, train_result, train_task, train_worker, write
+from jobs import checkpoints, feed, train_result, train_task, train_worker, write
 from jobs.board import Board, watched
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, TrainConfig
@@ -76,8 +76,10 @@ def _lay_out(config: TrainConfig) -> tuple[tuple[int, int], bool]:
     """
     cpus, gpus = resources()
     workers = config.worker_range or (max(1, int(gpus)),) * 2
-    room = int(gpus) if gpus else int(cpus / WORKER_CPUS) - 1
-    if workers[0] > max(1, room) and not config.address:
+    room = int((cpus - feed.min_cpus(workers[0])) / WORKER_CPUS)
+    if gpus:
+        room = min(room, int(gpus))
+    if workers[0] > room and not config.address:
         raise ConfigError(
             f"{workers[0]} workers do not fit: this Ray has {cpus:g} CPUs and {gpus:g} GPUs, room for "
             f"{room}. Lower --workers, or name a larger cluster by --address"

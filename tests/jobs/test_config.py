@@ -14,6 +14,7 @@ from jobs.config import (
     InitConfig,
     PackConfig,
     PredictConfig,
+    TrainConfig,
     from_namespace,
     parser_for,
 )
@@ -45,10 +46,18 @@ def parsed(class_: type[Any], arguments: list[str]) -> Any:
     return from_namespace(class_, parser_for(class_).parse_args(arguments))
 
 
+# Fields whose range has none of the values below.
+SPECIAL = {"freeze_stages": 2}
+
+
 def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
     """A value that is allowed and is not the default."""
+    if field.name in SPECIAL:
+        return SPECIAL[field.name]
     hint = get_type_hints(class_)[field.name]
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    if get_args(kinds[0]):  # the choices of an optional field
+        kinds = list(get_args(kinds[0]))
     if isinstance(kinds[0], str):
         return next(kind for kind in kinds if kind != field.default)
     values = {bool: True, int: 77, float: 0.25, str: "some text"}
@@ -66,7 +75,10 @@ def needed(class_: type[Any]) -> dict[str, Any]:
 
 
 # What a field cannot do without.
-COMPANIONS = {(PackConfig, "score_threshold"): {"predictions": "some text"}}
+COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
+    (PackConfig, "score_threshold"): {"predictions": "some text"},
+    (TrainConfig, "scale_max"): {"scale_min": 0.25},
+}
 
 
 @pytest.mark.parametrize("class_", CLASSES)
@@ -131,7 +143,8 @@ def test_the_printed_configuration_is_one(
         field.name: another_value(class_, field)
         for field in dataclasses.fields(class_)
         # They bound or exclude others.
-        if (class_, field.name) not in ((PredictConfig, "min_actors"), (PackConfig, "annotations"))
+        if (class_, field.name)
+        not in ((PredictConfig, "min_actors"), (PackConfig, "annotations"), (TrainConfig, "model"))
     }
     arguments = as_arguments(class_, values)
     with pytest.raises(SystemExit) as caught:
@@ -275,3 +288,23 @@ def test_a_field_must_be_declared_as_an_option() -> None:
     declared = config.option("what it is for")
     assert declared.default is dataclasses.MISSING
     assert declared.metadata == {"help": "what it is for", "positional": False}
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"), [(0, None), (2, (2, 2)), ("3", (3, 3)), ("1..4", (1, 4))]
+)
+def test_workers_are_a_number_or_a_range(workers: int | str, expected: Any) -> None:
+    assert TrainConfig(train="a", output="b", workers=workers).worker_range == expected
+
+
+@pytest.mark.parametrize("workers", ["4..1", "0..2", "-1", "1..", "many"])
+def test_other_workers_are_refused(workers: str) -> None:
+    with pytest.raises(ConfigError, match=r"N or MIN\.\.MAX"):
+        TrainConfig(train="a", output="b", workers=workers)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(config.__file__).parent.glob("recipes/*.yaml")))
+def test_the_recipes_are_configurations_of_train(recipe: Path) -> None:
+    found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
+    assert found.arch == "small"
+    assert found.epochs == yaml.safe_load(recipe.read_text())["epochs"]

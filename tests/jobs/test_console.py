@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from jobs import console
-from jobs.console import ImageProgress, duration, facts, size
+from jobs.console import ImageProgress, TrainingProgress, duration, facts, size
 
 
 @pytest.fixture
@@ -93,3 +93,41 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = file.getvalue()
     assert "10/10" in drawn
     assert "images/s" in drawn
+
+
+def step(share: float) -> dict[str, float]:
+    return {
+        "step": 3,
+        "epoch": 1.5,
+        "loss": 2.0,
+        "loss_mask": 0.75,
+        "images_per_second": 12.3,
+        "share": share,
+    }
+
+
+def test_a_log_has_a_training_step_a_minute_and_every_evaluation(
+    said: io.StringIO, clock: Clock
+) -> None:
+    with TrainingProgress(epochs=4) as progress:
+        for number in range(5):
+            progress.show(step(number / 10))
+            clock.now += 25
+        progress.show({"step": 3, "epoch": 2.0, "mask_AP": 0.5, "mask_AP50": 0.75, "box_AP": 0.625})
+        progress.show({"step": 3, "saved": True})
+    lines = said.getvalue().splitlines()
+    assert [line.split(" %")[0] for line in lines[:2]] == ["0", "30"]
+    assert "epoch 1.5 of 4, loss 2.000 (mask 0.750), 12.3 images/s" in lines[0]
+    assert lines[2:] == ["epoch 2.0: mask AP 0.500, mask AP50 0.750, box AP 0.625"]
+
+
+def test_a_terminal_gets_a_bar_for_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=150, highlight=False)
+    monkeypatch.setattr(console, "console", terminal)
+    with TrainingProgress(epochs=4) as progress:
+        progress.show(step(0.25))
+        progress.show({"step": 3, "epoch": 2.0, "box_AP": 0.625})
+    assert "25%" in file.getvalue()
+    assert "loss 2.000" in file.getvalue()
+    assert "box AP 0.625" in file.getvalue()

@@ -54,6 +54,18 @@ def test_every_image_is_there_byte_for_byte(packed: tuple[Path, dict[str, bytes]
     assert (root / "packed" / "_SUCCESS").exists()
 
 
+def test_an_image_that_is_cut_off_is_a_row_in_error(
+    ray_local: None, tmp_path: Path, jpeg: Callable[..., bytes]
+) -> None:
+    (tmp_path / "images").mkdir()
+    # Its header is good: a look at that alone would not tell.
+    (tmp_path / "images" / "cut.jpg").write_bytes(jpeg(1, (200, 300))[:-1500])
+    assert pack(tmp_path) == 0
+    (row,) = pq.read_table(tmp_path / "packed" / "shards").to_pylist()
+    assert (row["status"], row["image"], row["height"]) == ("error", None, None)
+    assert row["error"].startswith("truncated: ")
+
+
 def test_datasets_decodes_the_images(packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     root, _ = packed
     found = datasets.load_dataset(

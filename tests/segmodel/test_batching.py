@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segmodel.batching import batches
+from segmodel.batching import ahead, batches
 
 Item = tuple[str, int]
 Stream = list[Item]
@@ -126,3 +127,25 @@ def test_an_error_of_the_stream_passes_through() -> None:
 
     with pytest.raises(OSError, match="gone"):
         list(batches(stream(), key_of, batch_size=2, look_ahead=2))
+
+
+def test_work_goes_ahead_so_far_and_no_further() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(9):
+            taken.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as pool:
+        found = ahead(lambda number: 10 // (number - 4), items(), pool, look_ahead=3)
+        for number in range(9):
+            item, future = next(found)
+            assert item == number
+            assert len(taken) <= number + 3
+            if number == 4:
+                with pytest.raises(ZeroDivisionError):
+                    future.result()
+            else:
+                assert future.result() == 10 // (number - 4)
+        assert next(found, None) is None

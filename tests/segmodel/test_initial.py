@@ -32,6 +32,7 @@ from segmodel.initial import (
     random_bundle,
     read_state,
     state_bundle,
+    with_categories,
 )
 from segmodel.model import mask_rcnn
 from segmodel.schema import Category
@@ -549,3 +550,38 @@ def test_counters_have_no_place_in_a_frozen_backbone(plain: State) -> None:
     made = state_bundle(plain, settings(norm="frozen"), CATEGORIES, "x")
     assert made.weights.keys() == without_counters(plain).keys()
     assert len(made.weights) < len(plain)
+
+
+def test_other_categories_keep_what_both_have_by_name() -> None:
+    old = random_bundle(
+        settings(num_classes=4), numbered_categories([(1, "ant"), (2, "bee"), (3, "cow")]), 0
+    )
+    categories = numbered_categories([(7, "cow"), (9, "dog"), (11, "ant")])
+    made, kept = with_categories(old, categories, seed=1)
+    assert kept == ("cow", "ant")
+    assert [(c.id, c.label) for c in made.categories] == [(7, 1), (9, 2), (11, 3)]
+    labels = {0: 0, 1: 3, 3: 1}  # new -> old: background, cow, ant
+    for name, tensor in old.weights.items():
+        layer = name.rpartition(".")[0]
+        each = None
+        if name.startswith("roi_heads."):
+            each = {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1}.get(layer.split(".")[-1])
+        if each is None:
+            assert torch.equal(made.weights[name], tensor), name
+            continue
+        for new_label, old_label in labels.items():
+            new_rows = slice(each * new_label, each * (new_label + 1))
+            old_rows = slice(each * old_label, each * (old_label + 1))
+            assert torch.equal(made.weights[name][new_rows], tensor[old_rows]), name
+        if name.endswith("weight"):
+            dog = slice(2 * each, 3 * each)
+            assert not torch.equal(made.weights[name][dog], tensor[dog])
+    again, _ = with_categories(old, categories, seed=1)
+    assert again.digest == made.digest
+
+
+def test_categories_with_nothing_in_common_make_new_heads_of_their_own_size() -> None:
+    old = random_bundle(settings(num_classes=2), numbered_categories([(1, "ant")]), 0)
+    made, kept = with_categories(old, numbered_categories([(1, "x"), (2, "y")]), 0)
+    assert kept == ()
+    assert made.settings.num_classes == 3
