@@ -9,7 +9,6 @@ import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
-
 # Ray stops idle processes beyond the number of CPUs after a second. Tasks that reserve a part of a CPU
 # have more, and one that is started again imports torch for seconds: of a training on two CPUs,
 # that took half of the time.

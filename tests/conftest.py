@@ -123,6 +123,7 @@ def ray_local(environment: None) -> Iterator[None]:
         object_store_memory=256 * 2**20,
         log_to_driver=False,
         logging_level="ERROR",
+        _system_config=cluster.LOCAL["_system_config"],
     )
     yield
     ray.shutdown()

@@ -1,11 +1,11 @@
 """`make bench`: measure, append the rows to `results.csv` and print them. Name parts to run only those.
 
-python -m tests.bench [masks] [cost] [memory]
+python -m tests.bench [masks] [cost] [memory] [training]
 """
 
 import sys
 
-from tests.bench import bench_job, bench_masks, results
+from tests.bench import bench_job, bench_masks, bench_train, results
 
 
 def _masks() -> None:
@@ -24,7 +24,12 @@ def _masks() -> None:
         )
 
 
-PARTS = {"masks": _masks, "cost": bench_job.cost, "memory": bench_job.memory}
+PARTS = {
+    "masks": _masks,
+    "cost": bench_job.cost,
+    "memory": bench_job.memory,
+    "training": bench_train.training,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
