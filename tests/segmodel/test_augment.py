@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from segmodel import augment as module
+from segmodel import colours
 from segmodel.augment import (
     FILL_RGB,
     MIN_VISIBLE,
@@ -23,11 +24,11 @@ from segmodel.augment import (
     fit,
     flip_horizontal,
     flip_vertical,
-    jitter_colours,
     paste,
     resize,
     rotate90,
 )
+from segmodel.colours import jitter_colours
 from segmodel.settings import ModelSettings, network_size
 from segmodel.targets import Crop, Sample, tight
 
@@ -413,7 +414,7 @@ def test_colours_are_the_plain_map(seed: int, size_hw: tuple[int, int], strength
     sample = random_sample(seed, size_hw)
     jittered = jitter_colours(sample, strength, np.random.default_rng(seed))
     mean = float(sample.image[::4, ::4].reshape(-1, 3).mean(axis=0) @ LUMA)
-    matrix, offset = module._draw_colours(strength, mean, np.random.default_rng(seed))
+    matrix, offset = colours._draw_colours(strength, mean, np.random.default_rng(seed))
     exact = np.clip(sample.image @ matrix.T.astype(np.float64) + offset, 0, 255)
     np.testing.assert_allclose(jittered.image, exact, atol=0.51)
     assert jittered.masks is sample.masks
@@ -423,7 +424,7 @@ def test_colours_are_the_plain_map(seed: int, size_hw: tuple[int, int], strength
 def changes(draws: int = 2000, strength: float = 1.0) -> tuple[Any, Any]:
     """Return many maps of colours, of an image of mean 100: (D, 3, 3) and (D, 3)."""
     rng = np.random.default_rng(0)
-    maps = [module._draw_colours(strength, 100.0, rng) for _ in range(draws)]
+    maps = [colours._draw_colours(strength, 100.0, rng) for _ in range(draws)]
     return np.array([matrix for matrix, _ in maps]), np.array([offset for _, offset in maps])
 
 
@@ -451,10 +452,10 @@ def test_the_compiled_map_is_the_plain_one() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (9, 7, 3), np.uint8)
     for strength in (0.0, 0.5, 1.0):
-        matrix, offset = module._draw_colours(strength, 100.0, rng)
-        compiled = module._mapped(image, matrix, offset).astype(int)
+        matrix, offset = colours._draw_colours(strength, 100.0, rng)
+        compiled = colours._mapped(image, matrix, offset).astype(int)
         # Compiled, sums may be rounded otherwise: where they end in a half, by a level.
-        np.testing.assert_allclose(compiled, module._map_colours(image, matrix, offset), atol=1)
+        np.testing.assert_allclose(compiled, colours._map_colours(image, matrix, offset), atol=1)
 
 
 def test_strength_0_changes_no_colour() -> None:
