@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from segmodel.masks import decode
+from segmodel.rle import decode
 from segmodel.schema import Rle
 
 Bool = npt.NDArray[np.bool_]

@@ -164,7 +164,7 @@ def detection_rows(
 
 
 def _areas(rles: Sequence[Rle]) -> Any:
-    # Imported here: `masks` imports this module, and takes seconds where boxes alone are wanted.
-    from segmodel.masks import areas
+    # Imported here: `rle` imports this module.
+    from segmodel.rle import areas
 
     return areas(rles).tolist()

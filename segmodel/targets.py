@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from segmodel.masks import decode_crop
+from segmodel.rle import decode_crop
 from segmodel.schema import Float32, Int64
 
 UInt8 = npt.NDArray[np.uint8]

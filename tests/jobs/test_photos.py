@@ -17,7 +17,7 @@ import pytest
 from jobs.__main__ import main
 from jobs.storage import open_store
 from jobs.store import Store
-from segmodel import masks
+from segmodel import rle as rle_
 from segmodel.schema import TRAINING
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -131,7 +131,7 @@ def test_masks_decode_to_the_size_and_agree_with_box_and_area(
     instances = 0
     for row in tables[format_].values():
         for found in row["detections"]:
-            mask = masks.decode(found["segmentation"])
+            mask = rle_.decode(found["segmentation"])
             assert mask.shape == (row["height"], row["width"])
             assert mask.sum() == found["area"]
             x, y, width, height = found["bbox"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from segmodel import masks
+from segmodel import rle as rle_
 from segmodel.scenes import CATEGORIES, Scene, coco, scene
 
 SCENES = [scene(seed) for seed in range(60)]
@@ -116,7 +116,7 @@ def test_coco_file_is_read_by_pycocotools(tmp_path: Path) -> None:
         annotations = truth.loadAnns(truth.getAnnIds(imgIds=i))
         assert [annotation["category_id"] for annotation in annotations] == one.category_ids
         for annotation, mask in zip(annotations, one.masks, strict=True):
-            np.testing.assert_array_equal(masks.decode(truth.annToRLE(annotation)), mask)
+            np.testing.assert_array_equal(rle_.decode(truth.annToRLE(annotation)), mask)
             rows, columns = np.nonzero(mask)
             size = [int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
             assert annotation["bbox"] == [columns.min(), rows.min(), *size]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segmodel import masks
+from segmodel import rle as rle_
 from segmodel.images import decode
 from segmodel.schema import Rle
 from segmodel.targets import (
@@ -120,8 +120,8 @@ def black(size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
 
 def check_crop(rle: Rle, expected: Bool) -> None:
     """Fail unless the crop, laid at its place, is the mask, and its first and last columns hold some."""
-    np.testing.assert_array_equal(masks.decode(rle), expected)
-    top, left, crop = masks.decode_crop(rle)
+    np.testing.assert_array_equal(rle_.decode(rle), expected)
+    top, left, crop = rle_.decode_crop(rle)
     assert crop.dtype == np.bool_
     assert (top, crop.shape[0]) == (0, expected.shape[0])
     np.testing.assert_array_equal(laid(expected.shape, top, left, crop), expected)
@@ -158,7 +158,7 @@ def test_crop_of_runs_that_are_empty(size_hw: tuple[int, int], data: st.DataObje
 @pytest.mark.parametrize("counts", ["", "P", "é", "0", "Q1", "5O"])
 def test_crop_of_damaged_counts(counts: str) -> None:
     rle: Rle = {"size": [3, 3], "counts": counts}
-    for function in (masks.decode, masks.decode_crop):
+    for function in (rle_.decode, rle_.decode_crop):
         with pytest.raises(ValueError, match=r"damaged|do not describe|ascii"):
             function(rle)
 
@@ -196,7 +196,7 @@ def test_sample_of_a_row(seed: int, size_hw: tuple[int, int]) -> None:
         np.testing.assert_array_equal(laid(size_hw, crop.top, crop.left, crop.mask), drawn[n])
     boxes = one.boxes_xyxy
     assert boxes.dtype == np.float32
-    xywh = masks.bounding_boxes([encode(drawn[n]) for n in kept]) if kept else np.zeros((0, 4))
+    xywh = rle_.bounding_boxes([encode(drawn[n]) for n in kept]) if kept else np.zeros((0, 4))
     np.testing.assert_array_equal(boxes[:, :2], xywh[:, :2])
     np.testing.assert_array_equal(boxes[:, 2:] - boxes[:, :2], xywh[:, 2:])
 
