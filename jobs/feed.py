@@ -7,7 +7,7 @@ gets the micro-batches `start + r`, `start + N + r`, ...; each of them checks th
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from jobs.cluster import plain_errors
 from jobs.envelope import Envelope, seal, unseal
 from jobs.pace import slow_down
 from jobs.source import READ_CPUS
-from jobs.training_set import TrainingSet
+from jobs.training_set import RowGroup, TrainingSet, read_chunk
 from jobs.windows import Windows
 from segmodel.augment import Augmentation, augment
 from segmodel.images import ImageError, decode
@@ -49,7 +49,11 @@ MIN_STORE_BYTES = 128 * 2**20
 # A block is written out when it has more bytes than this, so each micro-batch becomes its own.
 ONE_ROW_PER_BLOCK = 1
 
-_SAMPLE, _DONOR = 2, 3
+# Images that the statistics of normalisation are measured on: with the paper's, thousands of batches
+# would change a validation score by less than its noise.
+STATISTICS_ROWS = 256
+
+_SAMPLE, _DONOR, _STATISTICS = 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +195,24 @@ def batches(share: Share) -> Iterator[tuple[int, list[Sample]]]:
             yield number, from_table(sealed.table)
             got += 1
     assert got == len(due), f"{got} micro-batches were dealt, {len(due)} are due"
+
+
+def fixed_samples(
+    training_set: TrainingSet, recipe: Recipe, batch_size: int, rank: int, num_workers: int
+) -> Iterator[list[Sample]]:
+    """Yield a worker's batches of the same few images, varied the same way, whenever it is called."""
+    chunks = training_set.chunks
+    order = generator(recipe.seed, _STATISTICS).permutation(len(chunks))
+    rows = _rows_of(chunks[number] for number in order)
+    mine = islice(rows, rank, STATISTICS_ROWS, num_workers)
+    while some := list(islice(mine, batch_size)):
+        yield _augmented(some, recipe)
+
+
+def _rows_of(chunks: Iterable[RowGroup]) -> Iterator[dict[str, Any]]:
+    for chunk in chunks:
+        for row in read_chunk(chunk).to_pylist():
+            yield {**row, "origin": chunk.url, "epoch": 0}
 
 
 def make_samples(block: pa.Table, recipe: Recipe) -> Iterator[pa.Table]:

@@ -120,7 +120,10 @@ class _Training:
                 self.clock = time.monotonic()
             elif self.trainer.steps % self.job.checkpoint_every == 0 or self._will_be_preempted():
                 self._save()
-        if self.saved_at != self.trainer.steps:
+        if self.job.val is None:
+            self._renew_statistics()
+            self._save()
+        elif self.saved_at != self.trainer.steps:
             self._save()
 
     def _go_on_from(self, path: str | None) -> None:
@@ -133,11 +136,7 @@ class _Training:
 
     def _micro_batches(self) -> Iterator[tuple[list[Sample], ...]]:
         """Yield what this worker trains on in each step."""
-        recipe = feed.Recipe(
-            labels={category.id: category.label for category in self.bundle.categories},
-            augmentation=self.job.augmentation,
-            seed=self.job.recipe.seed,
-        )
+        recipe = self._feed_recipe()
         for span in feed.segments(self.order, self.position, self.stop, self.stride):
             shares = None
             if self.rank == 0:
@@ -145,6 +144,13 @@ class _Training:
             mine = self._agreed(shares)[self.rank]
             samples = (some for _, some in feed.batches(mine))
             yield from zip(*[samples] * self.job.recipe.accumulate, strict=True)
+
+    def _feed_recipe(self) -> feed.Recipe:
+        return feed.Recipe(
+            labels={category.id: category.label for category in self.bundle.categories},
+            augmentation=self.job.augmentation,
+            seed=self.job.recipe.seed,
+        )
 
     def _agreed(self, value: Any) -> Any:
         """Return what rank 0 has."""
@@ -182,7 +188,7 @@ class _Training:
 
     def _evaluate(self, val: TrainingSet) -> None:
         """Evaluate the weights as they are now, each worker a part of the set."""
-        self.trainer.share_statistics()
+        self._renew_statistics()
         bundle = replace(self.bundle, weights=self.trainer.weights(), digest="")
         parts: list[Any] = [None] * self.num_workers
         dist.all_gather_object(parts, self._matches(val, bundle))
@@ -197,6 +203,14 @@ class _Training:
             self.best = point
         if self.rank == 0:
             self.job.board.post.remote(point)
+
+    def _renew_statistics(self) -> None:
+        job = self.job
+        self.trainer.renew_statistics(
+            feed.fixed_samples(
+                job.train, self._feed_recipe(), job.batch_size, self.rank, self.num_workers
+            )
+        )
 
     def _matches(self, val: TrainingSet, bundle: Bundle) -> CocoMatches:
         matches = CocoMatches()

@@ -33,9 +33,9 @@ SMALL_LAYERS = {"3": "0", "6": "1", "12": "2", "14": "3"}
 SMALL_LAYER_CHANNELS = [24, 40, 112, 160]
 SMALL_CHANNELS = 96
 SMALL_BOX_WIDTH = 192
-# Three for each detection that may be kept; torchvision takes 1000, and each costs RoIAlign and box
-# head. Training, which draws among them, has more to choose from.
-SMALL_PROPOSALS = 300
+# As torchvision. 300, three for each detection that may be kept, took a third less time, and lost
+# where objects are dense: mask AP50 0.596 instead of 0.617 on pictures with 52 nuclei on average.
+SMALL_PROPOSALS = 1000
 SMALL_PROPOSALS_IN_TRAINING = 500
 # torchvision's 0.01 is for ImageNet's 100,000s of steps. After hundreds, statistics would be those of
 # weights long gone: at a third of a training of 900 steps the validation AP was still 0.

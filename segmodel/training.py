@@ -5,7 +5,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection.image_list import ImageList
 
 from segmodel.bundle import Bundle
+from segmodel.freezing import freeze_norm, frozen_stages
 from segmodel.inference import SIZE_DIVISOR
 from segmodel.losses import LOSSES, LossSums, Target
 from segmodel.model import mask_rcnn
 from segmodel.settings import ModelSettings, Precision
+from segmodel.statistics import measure_statistics
 from segmodel.targets import Sample
 
 Norm = Literal["train", "sync", "frozen"]
@@ -269,9 +271,9 @@ class Trainer:
     def _freeze(self) -> None:
         for module in frozen_stages(self.model.backbone.body, self.recipe.freeze_stages):
             module.requires_grad_(requires_grad=False)
-            _freeze_norm(module)
+            freeze_norm(module)
         if self.recipe.norm == "frozen":
-            _freeze_norm(self.model)
+            freeze_norm(self.model)
 
     def share_statistics(self) -> None:
         """Average the normalisation's running statistics over the workers; all of them must call it."""
@@ -288,6 +290,21 @@ class Trainer:
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= self.num_workers
+
+    def renew_statistics(self, batches: Iterable[Sequence[Sample]]) -> None:
+        """Measure the statistics of what `weights` returns, on some batches; all workers must call it."""
+        layers = [
+            name
+            for name, module in self.model.backbone.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        ]
+        if not layers:
+            return
+        chosen = self.average if self.average is not None else self.model.state_dict()
+        settings, device = self.bundle.settings, self.device
+        images = (to_device(samples, settings, device)[0].tensors for samples in batches)
+        for name, value in measure_statistics(settings, chosen, images, layers, device).items():
+            chosen[name].copy_(value)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that are to be used: their average where one is kept. On the CPU."""
@@ -331,32 +348,6 @@ class Trainer:
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         self.steps = plain["steps"]
         self._scaler.load_state_dict(plain["scaler"])
-
-
-def frozen_stages(body: nn.Module, count: int) -> Iterator[nn.Module]:
-    """Yield the modules of the first `count` stages of a backbone's body.
-
-    A stage halves the image; the first is a ResNet's stem, and of the small network what comes
-    before its first output to the pyramid.
-    """
-    stages: list[list[nn.Module]] = [[]]
-    for name, module in body.named_children():
-        stages[-1].append(module)
-        if name in STAGE_ENDS:
-            stages.append([])
-    for stage in stages[:count]:
-        yield from stage
-
-
-# Names of the last module of each stage: ResNets, and MobileNetV3's blocks in `model.SMALL_LAYERS`.
-STAGE_ENDS = ("maxpool", "layer1", "layer2", "layer3", "layer4", "3", "6", "12", "14")
-
-
-def _freeze_norm(module: nn.Module) -> None:
-    """Keep statistics and constants of normalisation as they are; `train()` would undo it."""
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            child.eval().requires_grad_(requires_grad=False)
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -200,3 +200,23 @@ def test_windows_are_bounded_in_rows_and_bytes(packed: TrainingSet) -> None:
 def test_two_workers_of_half_a_cpu_and_their_feed_fit_on_two() -> None:
     assert 2 * 0.5 + feed.min_cpus(2) <= 2
     assert feed.min_cpus(8) == 1.5
+
+
+def test_fixed_samples_are_the_same_few_whoever_shares_them(
+    packed: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "STATISTICS_ROWS", 30)
+    without_donors = recipe(replace(VARIED, copy_paste=0))
+
+    def drawn(num_workers: int) -> list[tuple[Any, ...]]:
+        parts = [
+            feed.fixed_samples(packed, without_donors, BATCH_SIZE, rank, num_workers)
+            for rank in range(num_workers)
+        ]
+        batches = [batch for part in parts for batch in part]
+        assert all(len(batch) <= BATCH_SIZE for batch in batches)
+        return sorted(contents(sample) for batch in batches for sample in batch)
+
+    alone = drawn(1)
+    assert len({found[0] for found in alone}) == 30
+    assert drawn(3) == alone

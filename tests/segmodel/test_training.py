@@ -168,6 +168,30 @@ def test_statistics_are_learned_where_they_are_not_frozen() -> None:
     assert not torch.equal(before, one.model.state_dict()["backbone.body.0.1.running_mean"])
 
 
+def test_statistics_of_the_average_are_measured_anew() -> None:
+    one = trainer(norm="train", ema_decay=0.9, freeze_stages=1)
+    one.step([pairs(1)[0]], epoch=0.0)
+    before = {name: tensor.clone() for name, tensor in one.weights().items()}
+    one.renew_statistics([pairs(1)[0], pairs(2)[0]])
+    after = one.weights()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith((".running_mean", ".running_var")) for name in changed)
+    body = {int(name.split(".")[2]) for name in changed}
+    assert min(body) == 4  # blocks 0 to 3 are the first stage, which stays as it is
+    again = trainer(norm="train", ema_decay=0.9, freeze_stages=1)
+    again.load(*one.state())
+    again.renew_statistics([pairs(1)[0], pairs(2)[0]])
+    assert all(torch.equal(again.weights()[name], after[name]) for name in after)
+
+
+def test_frozen_statistics_are_not_measured() -> None:
+    one = trainer(norm="frozen")
+    before = {name: tensor.clone() for name, tensor in one.weights().items()}
+    one.renew_statistics([pairs(1)[0]])
+    assert all(torch.equal(before[name], tensor) for name, tensor in one.weights().items())
+
+
 def test_only_weights_decay() -> None:
     decayed, plain = trainer(weight_decay=0.01).optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
