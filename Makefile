@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-model test lint bench lock clean
+.PHONY: demo demo-model test lint bench fuzz lock clean
 
 demo: .venv/.ready
 	$(BIN)/segjobs demo
@@ -23,6 +23,16 @@ lint: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python -m tests.bench
+
+# Coverage-guided, of the decode path and the tar reader; goes on where the last run ended (build/fuzz).
+MINUTES ?= 20
+fuzz: .venv/.ready build/atheris/.ready
+	PYTHONPATH=build/atheris $(BIN)/python -m tests.fuzz $(MINUTES)
+
+# Not in .venv: there are wheels for Linux and a few versions of Python only.
+build/atheris/.ready: .venv/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/atheris 'atheris==3.0.0'
+	touch $@
 
 # The locked versions, with hashes; uv only installs them, several times faster than pip.
 .venv/.ready: requirements-dev.lock pyproject.toml

@@ -1,7 +1,7 @@
 """The command line: `segjobs VERB`, the same as `python -m jobs VERB`.
 
 Exit codes: 0 all that was promised is done; 1 failed; 2 bad arguments; 3 done, but images are in
-error and `--fail-on-error` was asked.
+error and `--fail-on-error` was asked; 130 stopped by Ctrl-C.
 """
 
 import importlib
@@ -59,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = importlib.import_module(f"jobs.{verb}").run
     try:
         return int(run(config))
-    except KeyboardInterrupt:
-        error_console.print("Stopped. Run the same command again to go on.")
-        return 1
+    except KeyboardInterrupt as stop:
+        # A verb may say how far it came.
+        where = f": {stop}" if str(stop) else ""
+        error_console.print(f"Stopped{where}. Run the same command again to go on.")
+        return 130
     except (ValueError, OSError, RuntimeError) as error:
         # What a user or a store did: the message says what to do. Anything else is ours, and keeps
         # its traceback.

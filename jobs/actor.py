@@ -1,25 +1,32 @@
 """The actor that holds the model: decodes in threads beside the network, hands over small arrays."""
 
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
 
 from jobs.encode import RAW, raw_row
-from jobs.envelope import Envelope, seal, unseal
+from jobs.envelope import Envelope, chunk_id_of, failed, seal, unseal
+from jobs.watchdog import Watchdog
 from segmodel.bundle import Bundle
 from segmodel.images import ImageError, decode
 from segmodel.inference import Image, Predictor
-from segmodel.schema import Category
+from segmodel.schema import Category, Detections
 from segmodel.settings import Precision
 
 # Decoded images that wait for the network, for each decoding thread.
 DECODED_AHEAD = 2
+# What no image takes that is worth having; on two CPUs, an image of 89 megapixels takes 20 s.
+IMAGE_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,7 @@ class Pool:
         gpus_per_actor: A share of one GPU, or several; 0 on CPUs.
         threads: For decoding, and on a CPU for the network.
         batch_size: Images in a batch; the device's default where None.
+        image_timeout_s: How long an image may take before its process is ended.
     """
 
     min_actors: int
@@ -41,6 +49,7 @@ class Pool:
     gpus_per_actor: float
     threads: int
     batch_size: int | None
+    image_timeout_s: float = IMAGE_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +76,25 @@ class Model:
 
 
 class Predict:
-    """Segments sealed chunks; several may be in it at once."""
+    """Segments sealed chunks; several may be in it at once.
+
+    The model is loaded with the first chunk. What goes wrong then goes wrong with a chunk: it has a
+    message, and a bounded number of tries, where Ray starts an actor anew for ever.
+    """
 
     def __init__(self, model: Model, pool: Pool) -> None:
         if not pool.gpus_per_actor:
             torch.set_num_threads(pool.threads)
-        self.max_pixels = model.max_pixels
+        self.model, self.pool = model, pool
         self.window = pool.threads * DECODED_AHEAD
         self.decoders = ThreadPoolExecutor(pool.threads, thread_name_prefix="decode")
-        self.predictor = Predictor(
+        self.watchdog = Watchdog(pool.image_timeout_s)
+        self._loading = threading.Lock()
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        model, pool = self.model, self.pool
+        return Predictor(
             ray.get(model.bundle),
             "cuda" if pool.gpus_per_actor else "cpu",
             model.precision,
@@ -85,13 +104,47 @@ class Predict:
             masks=model.masks,
         )
 
+    @property
+    def predictor(self) -> Predictor:
+        """The model; the first who asks waits until it is loaded."""
+        with self._loading:
+            return self._predictor
+
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Take a sealed chunk of `read.IMAGES`, return the same chunk as a table of `encode.RAW`."""
+        """Take a sealed chunk of `read.IMAGES`, return the same chunk as a table of `encode.RAW`.
+
+        What is raised is returned in the chunk's place.
+        """
+        try:
+            return self._predict(block)
+        except Exception as error:  # noqa: BLE001 - the driver raises it (`envelope`)
+            return failed(chunk_id_of(block), error)
+
+    def one(self, data: bytes) -> dict[str, Any]:
+        """Return the columns of `encode.RAW` that say what is in one image."""
+        try:
+            pixels = decode(data, self.model.max_pixels)
+        except ImageError as error:
+            return raw_row(None, str(error))
+        errors: dict[int, str] = {}
+        found = dict(self.predictor.stream([(0, pixels)], errors.__setitem__))
+        return raw_row(found.get(0), errors.get(0))
+
+    def try_out(self) -> None:
+        """Load the model and run it once, on a picture that harms nobody."""
+        self.predictor.predict([np.zeros((32, 32, 3), np.uint8)])
+
+    def _predict(self, block: pa.Table) -> pa.Table:
         started = time.perf_counter()
         sealed = unseal(block)
+        predictor = self.predictor
         errors: dict[int, str] = {}
-        decoded = self._decoded(sealed.table, errors)
-        found = dict(self.predictor.stream(decoded))
+        found: dict[int, Detections] = {}
+        with self.watchdog.watch() as progress:
+            decoded = self._decoded(sealed.table, errors, progress)
+            for number, detections in predictor.stream(decoded, errors.__setitem__):
+                found[number] = detections
+                progress()
         names = sealed.table.select(["image_id", "shard", "key"]).to_pylist()
         rows = [raw_row(found.get(n), errors.get(n)) | name for n, name in enumerate(names)]
         return seal(
@@ -99,11 +152,14 @@ class Predict:
                 chunk_id=sealed.chunk_id,
                 positions=sealed.positions,
                 seconds={**sealed.seconds, "predict": time.perf_counter() - started},
+                retries=sealed.retries,
                 table=pa.Table.from_pylist(rows, schema=RAW),
             )
         )
 
-    def _decoded(self, images: pa.Table, errors: dict[int, str]) -> Iterator[tuple[int, Image]]:
+    def _decoded(
+        self, images: pa.Table, errors: dict[int, str], progress: Callable[[], None]
+    ) -> Iterator[tuple[int, Image]]:
         """Yield number and pixels of the images that can be decoded; note the errors of the others."""
         under_way: deque[tuple[int, Future[Image]]] = deque()
 
@@ -113,12 +169,15 @@ class Predict:
                 yield number, future.result()
             except ImageError as error:
                 errors[number] = str(error)
+            progress()
 
         for number, (data, error) in enumerate(zip(images["data"], images["error"], strict=True)):
             if error.is_valid:
                 errors[number] = error.as_py()
                 continue
-            future = self.decoders.submit(decode, data.as_buffer().to_pybytes(), self.max_pixels)
+            future = self.decoders.submit(
+                decode, data.as_buffer().to_pybytes(), self.model.max_pixels
+            )
             under_way.append((number, future))
             if len(under_way) == self.window:
                 yield from next_decoded()

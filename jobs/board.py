@@ -1,6 +1,7 @@
 """What workers tell the driver while they train: an actor between them."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ import ray
 
 # Often enough for a person, seldom enough to cost nothing.
 POLL_S = 0.5
+# Workers need most of a minute to start, and are silent while they evaluate.
+QUIET_S = 120.0
 
 Entry = dict[str, Any]
 
@@ -39,13 +42,30 @@ class Board:
 
 
 @contextmanager
-def watched(board: Any, show: Callable[[Entry], None]) -> Iterator[None]:
-    """Call `show` with each entry, in a thread, while the block runs; all entries by its end."""
+def watched(
+    board: Any, show: Callable[[Entry], None], quiet: Callable[[float], None]
+) -> Iterator[None]:
+    """Watch a board in a thread while the block runs.
+
+    Args:
+        board: Actor of `Board`.
+        show: Is called with each entry; all entries by the end of the block.
+        quiet: Is called with the seconds since the last entry when there was none for long, again and
+            again.
+    """
     done = threading.Event()
 
     def watch() -> None:
+        heard = said = time.monotonic()
         while not done.wait(POLL_S):
-            for entry in ray.get(board.take.remote()):
+            entries = ray.get(board.take.remote())
+            now = time.monotonic()
+            if entries:
+                heard = said = now
+            elif now - said >= QUIET_S:
+                said = now
+                quiet(now - heard)
+            for entry in entries:
                 show(entry)
 
     thread = threading.Thread(target=watch, name="board", daemon=True)

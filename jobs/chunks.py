@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from itertools import compress
 from typing import Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 PREDICTIONS_FOLDER, SHARDS_FOLDER = "predictions", "shards"
 
@@ -105,11 +107,11 @@ def from_table(table: pa.Table) -> Iterator[Chunk]:
 def numbered(table: pa.Table, limit: int | None) -> pa.Table:
     """Give chunks their ids, in order, and cut them off after `limit` images."""
     if limit is not None:
-        left, kept = limit, []
-        for row in table.to_pylist():
-            if left > 0:
-                kept.append({**row, "num_images": min(left, row["num_images"])})
-                left -= row["num_images"]
-        table = pa.Table.from_pylist(kept, schema=CHUNKS)
-    ids = pa.array([f"{number:08d}" for number in range(table.num_rows)], pa.string())
-    return table.set_column(0, "chunk_id", ids)
+        sizes = table["num_images"].to_numpy()
+        before = np.cumsum(sizes) - sizes
+        fitting = pa.array(np.minimum(sizes, limit - before))
+        column = CHUNKS.get_field_index("num_images")
+        table = table.set_column(column, CHUNKS.field(column), fitting)
+        table = table.filter(pa.array(before < limit))
+    numbers = pa.array(np.arange(table.num_rows)).cast(pa.string())
+    return table.set_column(0, "chunk_id", pc.utf8_lpad(numbers, 8, "0"))

@@ -7,15 +7,27 @@ from collections.abc import Iterator
 
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 # Ray stops idle processes beyond the number of CPUs after a second. Tasks that reserve a part of a CPU
 # have more, and one that is started again imports torch for seconds: of a training on two CPUs,
-# that took half of the time.
+# that took half of the time. And a task that takes too much memory it would start again for ever.
 LOCAL = {
     "include_dashboard": False,
-    "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000},
+    "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000, "task_oom_retries": 3},
 }
+
+
+class ClusterError(RuntimeError):
+    """Ray could not do what was asked; the message says why, and what to do."""
 
 
 def connect(address: str | None) -> bool:
@@ -44,9 +56,15 @@ def quieten() -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise what a task raised about a user's input or store as itself, without Ray's frames around it."""
+    """Raise what a task raised about a user's input or store as itself, without Ray's frames around it.
+
+    Raises:
+        ClusterError: A process, a node or Ray's own storage failed.
+    """
     try:
         yield
+    except (RayActorError, OutOfDiskError) as error:
+        raise ClusterError(f"{reason(error)}. Run the same command again to go on") from error
     except RayTaskError as error:
         cause: BaseException | None = error.cause
         while cause is not None:
@@ -58,6 +76,25 @@ def plain_errors() -> Iterator[None]:
                 raise cause from None
             cause = cause.__cause__
         raise
+
+
+def reason(error: RayError) -> str:
+    """Say in a few words what Ray lost."""
+    words = str(error)
+    if isinstance(error, OutOfDiskError):
+        return "the disk of a node is full where Ray puts what does not fit its memory: free some"
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in words:
+        return "Ray ended the process, since its node ran out of memory"
+    if isinstance(error, NodeDiedError | ObjectLostError) or "node has died" in words:
+        return "its node was lost"
+    if "creation task" in words:
+        return "an actor could not be started: " + words.strip().rpartition("\n")[2]
+    return "the process died"
+
+
+def log_folder() -> str:
+    """Return where Ray keeps the log files of this session, on each node."""
+    return f"{ray._private.worker.global_worker.node.get_session_dir_path()}/logs"
 
 
 def resources() -> tuple[float, float]:

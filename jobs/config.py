@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 import jsonargparse
 
 from jobs.detect import Format
+from jobs.redact import holds_credentials
 from segmodel.images import MAX_PIXELS
 from segmodel.settings import ARCHITECTURES, Architecture, Precision
 
@@ -75,6 +76,13 @@ class PredictConfig:
     plan_only: bool = option("show the plan, write nothing", False)  # noqa: FBT003
     frozen_plan: bool = option("go on although the input has changed since it was planned", False)  # noqa: FBT003
     retry_errors: bool = option("do the rows in error again, only them", False)  # noqa: FBT003
+    image_timeout: float = option(
+        "seconds without a result after which an image's process is ended and its row is an error",
+        300.0,
+    )
+    stall_warning: float = option(
+        "seconds without a finished chunk after which the job says what it waits for", 300.0
+    )
     fail_on_error: bool = option("exit with 3 when rows are in error", False)  # noqa: FBT003
     address: str | None = option(
         "Ray cluster to use; RAY_ADDRESS, then a local Ray, if left out", None
@@ -94,6 +102,8 @@ class PredictConfig:
         ):
             _check(name, getattr(self, name), lambda v: v >= 1, "1 or more")
         _check("max_pixels", self.max_pixels, lambda v: v >= 1, "1 or more")
+        for name in ("image_timeout", "stall_warning"):
+            _check(name, getattr(self, name), lambda v: v > 0, "more than 0")
         _check(
             "gpus_per_actor",
             self.gpus_per_actor,
@@ -324,10 +334,16 @@ def from_namespace(config_class: type[Config], values: jsonargparse.Namespace) -
     """Make a verb's configuration of what its parser read.
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value is out of range, or the endpoint has credentials in it.
     """
     names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**{name: value for name, value in vars(values).items() if name in names})
+    given = {name: value for name, value in vars(values).items() if name in names}
+    if holds_credentials(given.get("endpoint_url") or ""):
+        raise ConfigError(
+            "--endpoint-url holds a password or a signature, and would stand in the manifest: give "
+            "credentials by AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
+        )
+    return config_class(**given)
 
 
 class Parser(jsonargparse.ArgumentParser):

@@ -140,9 +140,16 @@ class TrainingProgress:
             self._bar.stop()
 
     def show(self, point: Mapping[str, Any]) -> None:
-        """Show a step, an evaluation or a checkpoint, as the workers post them."""
+        """Show what the workers post: a step, an evaluation, a start, or that a node will go."""
         if "loss" in point:
             self._show_step(point)
+        elif "workers" in point:
+            number = point["workers"]
+            console.print(f"{number} worker{'s' * (number > 1)} at work, from step {point['step']}")
+        elif "notice" in point:
+            console.print(
+                f"A node will be taken away: there is a checkpoint of step {point['step']}"
+            )
         elif "box_AP" in point:
             scores = ", ".join(
                 f"{name.replace('_', ' ')} {point[name]:.3f}"

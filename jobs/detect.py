@@ -25,7 +25,10 @@ LISTING_BATCH = 65_536
 FOOTER_WINDOW = 2**20
 
 _SUFFIXES: dict[str, tuple[str, ...]] = {
-    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    # Compressed ones cannot be read: each gets a row that says so, and is not passed over in silence.
+    "webdataset": (
+        *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+    ),
     "parquet": (".parquet",),
     "manifest": (".csv", ".jsonl"),
     "images": tuple(sorted(IMAGE_SUFFIXES)),

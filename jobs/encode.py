@@ -2,14 +2,17 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from ray import cloudpickle
 
-from jobs.envelope import unseal
+from jobs import retries
+from jobs.envelope import chunk_id_of, pickled, unseal
 from jobs.store import Store
 from jobs.write import Counts, put_chunk, replace_rows
 from segmodel import masks
@@ -39,6 +42,8 @@ RECEIPT = pa.schema(
         ("detections", pa.int64()),
         ("errors", pa.map_(pa.string(), pa.int64())),
         ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("retries", pa.map_(pa.string(), pa.int64())),
+        ("failure", pa.binary()),
     ]
 )
 
@@ -52,12 +57,14 @@ class Receipt:
         rows: Images that were worked on; fewer than `counts.images` where errors were retried.
         counts: What its object holds now.
         seconds: What each stage has spent on it.
+        retries: What the store had to be asked for again, by kind.
     """
 
     chunk_id: str
     rows: int
     counts: Counts
     seconds: Mapping[str, float]
+    retries: Mapping[str, int]
 
 
 def raw_row(found: Detections | None, error: str | None) -> dict[str, Any]:
@@ -81,18 +88,29 @@ def encode_and_write(
     """Turn a chunk's raw results into rows and put them as one object.
 
     Returns:
-        A block of one row of `RECEIPT`.
+        A block of one row of `RECEIPT`, also where something went wrong.
     """
+    try:
+        return _encode_and_write(block, output, categories, footer)
+    except Exception as error:  # noqa: BLE001 - the driver raises it (`envelope`)
+        receipt = {"chunk_id": chunk_id_of(block), "failure": pickled(error)}
+        return pa.Table.from_pylist([receipt], schema=RECEIPT)
+
+
+def _encode_and_write(
+    block: pa.Table, output: Store, categories: Mapping[int, Category], footer: Mapping[str, str]
+) -> pa.Table:
     started = time.perf_counter()
     sealed = unseal(block)
     rows = pa.Table.from_pylist(
-        [_row(raw, categories) for raw in sealed.table.to_pylist()], schema=PREDICTIONS
+        [prediction(raw, categories) for raw in sealed.table.to_pylist()], schema=PREDICTIONS
     )
     encoded = time.perf_counter()
     num_rows = rows.num_rows
-    if sealed.positions is not None:
-        rows = replace_rows(output, sealed.chunk_id, rows, sealed.positions)
-    counts = put_chunk(output, sealed.chunk_id, rows, footer)
+    with retries.counted() as again:
+        if sealed.positions is not None:
+            rows = replace_rows(output, sealed.chunk_id, rows, sealed.positions)
+        counts = put_chunk(output, sealed.chunk_id, rows, footer)
     seconds = {
         **sealed.seconds,
         "encode": encoded - started,
@@ -105,11 +123,13 @@ def encode_and_write(
         "detections": counts.detections,
         "errors": list(counts.errors.items()),
         "seconds": list(seconds.items()),
+        "retries": list((again + Counter(sealed.retries)).items()),
     }
     return pa.Table.from_pylist([receipt], schema=RECEIPT)
 
 
-def _row(raw: Mapping[str, Any], categories: Mapping[int, Category]) -> dict[str, Any]:
+def prediction(raw: Mapping[str, Any], categories: Mapping[int, Category]) -> dict[str, Any]:
+    """Return the row of the table that a row of `RAW` becomes."""
     row = {name: raw[name] for name in ("image_id", "shard", "key", "height", "width", "error")}
     if raw["error"] is not None:
         return {**row, "status": "error", "detections": []}
@@ -138,8 +158,14 @@ def _detections(raw: Mapping[str, Any]) -> Detections:
 
 
 def receipts(batch: pa.Table) -> Iterator[Receipt]:
-    """Yield the rows of a table of `RECEIPT`."""
+    """Yield the rows of a table of `RECEIPT`.
+
+    Raises:
+        Exception: What was raised while a chunk was read, predicted or written.
+    """
     for row in batch.to_pylist():
+        if row["failure"] is not None:
+            raise cloudpickle.loads(row["failure"])
         counts = Counts(
             images=row["images"], detections=row["detections"], errors=dict(row["errors"])
         )
@@ -148,4 +174,5 @@ def receipts(batch: pa.Table) -> Iterator[Receipt]:
             rows=row["rows"],
             counts=counts,
             seconds=dict(row["seconds"]),
+            retries=dict(row["retries"]),
         )

@@ -30,9 +30,10 @@ from segmodel.images import ImageError, decode
 from segmodel.order import Order, generator
 from segmodel.targets import Sample, TargetError, from_table, to_sample, to_table
 
-# Decoding and augmenting keep a core busy. They reserve half of one, so that on two CPUs two
-# training workers of half a CPU each leave room for one of these and two readers.
-AUGMENT_CPUS = 0.5
+# A training worker on CPUs reserves less than the CPU it uses, so that the tasks that decode and augment
+# find room on a machine whose CPUs all have a worker: on two CPUs two workers leave room for two readers
+# and one of those tasks, which keeps a core busy.
+WORKER_CPUS = AUGMENT_CPUS = 0.5
 # Rows that are shuffled together, and the bytes that a reader may hold for them.
 WINDOW_ROWS, WINDOW_BYTES = 512, 128 * 2**20
 # Windows that are read at once: one that is in use and one ahead, more for many workers. A reader
@@ -108,6 +109,22 @@ def min_cpus(num_workers: int) -> float:
     return _num_readers(num_workers) * READ_CPUS + AUGMENT_CPUS
 
 
+def has_room(free_cpus: Iterable[float], num_workers: int) -> bool:
+    """Say whether the feed gets on beside the workers, wherever its readers are placed.
+
+    A reader keeps its share of a CPU until its window is used. Where readers hold all that is free, what
+    they read is never augmented, and all would wait for ever.
+
+    Args:
+        free_cpus: CPUs of each node that no worker has reserved.
+        num_workers: How many there are.
+    """
+    to_block = sum(
+        int((free - AUGMENT_CPUS) / READ_CPUS) + 1 for free in free_cpus if free >= AUGMENT_CPUS
+    )
+    return to_block > _num_readers(num_workers)
+
+
 def segments(order: Order, start: int, stop: int, num_workers: int) -> Iterator[tuple[int, int]]:
     """Cut the micro-batches `start` to `stop` into parts for one `split` each.
 
@@ -129,6 +146,8 @@ def split(
     recipe: Recipe,
     span: tuple[int, int],
     num_workers: int,
+    *,
+    reserve: bool = True,
 ) -> list[Share]:
     """Start to feed: one process calls this and hands each worker its share.
 
@@ -138,6 +157,7 @@ def split(
         recipe: How rows become samples.
         span: First micro-batch and the one behind the last; one of `segments`.
         num_workers: How many take part. Nothing is read before all of them iterate.
+        reserve: Whether tasks reserve a part of a CPU; to be left out where there is no room for them.
     """
     windows = list(order.windows(*span))
     context = ray.data.DataContext.get_current().copy()
@@ -155,14 +175,16 @@ def split(
             ray.data.read_datasource(
                 Windows(training_set.chunks, order, windows),
                 override_num_blocks=len(windows),
-                num_cpus=READ_CPUS,
+                num_cpus=READ_CPUS if reserve else 0,
                 compute=ray.data.TaskPoolStrategy(_num_readers(num_workers)),
             )
             .map_batches(
                 partial(make_samples, recipe=recipe),
                 batch_size=1,
                 batch_format="pyarrow",
-                num_cpus=AUGMENT_CPUS,
+                num_cpus=AUGMENT_CPUS if reserve else 0,
+                # Reservations bound the number of tasks; without them something else has to.
+                compute=ray.data.TaskPoolStrategy(None if reserve else num_workers),
             )
             .streaming_split(num_workers)
         )

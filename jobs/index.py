@@ -6,11 +6,12 @@ each image; loose images were listed already.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,11 @@ HOP_FROM_MEAN_BYTES = 2**20
 READ_THROUGH_WINDOW, HOP_WINDOW = 4 * 2**20, 64 * 2**10
 HEAD_THREADS = 32
 
+# What pyarrow raises for a damaged file, and what the store raises.
+DAMAGED_PARQUET = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+Result = TypeVar("Result")
+
 OWN_KEYS = ("image_id", "shard", "key")
 
 
@@ -45,24 +51,15 @@ def index_tar(store: Store, info: ObjectInfo, chunk_size: int) -> list[Chunk]:
     Damage becomes a chunk of its own with one row that says so, and so does an image that is known
     to be unreadable; what can be read is planned.
     """
-    file = store.open(info, READ_THROUGH_WINDOW)
-    found: list[tar.Member] = []
-    damage = ""
-    try:
-        for member in tar.members(cast(BinaryIO, file), until_end=True):
-            found.append(member)
-            file.window = (
-                HOP_WINDOW
-                if member.stop / len(found) > HOP_FROM_MEAN_BYTES
-                else READ_THROUGH_WINDOW
-            )
-    except tar.DamagedTarError as error:
-        damage = str(error)
+    found, damage = _scan(store, info)
+    if damage:
+        # On its way here a bit may flip, and what a plan says is final.
+        found, damage = _scan(store, info)
     keys, renamed = unique([member.key for member in found])
     planned = []
     for first, last in _runs(found, chunk_size, info.size):
         if problem := _problem(found[first], info.size):
-            planned.append(_verdict(info, keys[first], problem, start=first))
+            planned.append(verdict(info, keys[first], problem, start=first))
             continue
         planned.append(
             Chunk(
@@ -80,8 +77,25 @@ def index_tar(store: Store, info: ObjectInfo, chunk_size: int) -> list[Chunk]:
             )
         )
     if damage:
-        planned.append(_verdict(info, "", f"shard: {damage}", start=len(found)))
+        planned.append(verdict(info, "", f"shard: {damage}", start=len(found)))
     return planned
+
+
+def _scan(store: Store, info: ObjectInfo) -> tuple[list[tar.Member], str]:
+    """Return the images of a tar, and the damage behind them or an empty string."""
+    file = store.open(info, READ_THROUGH_WINDOW)
+    found: list[tar.Member] = []
+    try:
+        for member in tar.members(cast(BinaryIO, file), until_end=True):
+            found.append(member)
+            file.window = (
+                HOP_WINDOW
+                if member.stop / len(found) > HOP_FROM_MEAN_BYTES
+                else READ_THROUGH_WINDOW
+            )
+    except tar.DamagedTarError as error:
+        return found, str(error)
+    return found, ""
 
 
 def index_parquet(
@@ -93,26 +107,20 @@ def index_parquet(
         ParquetInputError: It is whole, but has no column of images.
     """
     try:
-        file = pq.ParquetFile(store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
-        column = find_image_column(file.schema_arrow, image_column)
-        names = key_columns(file.schema_arrow, column)
-        rows = file.read(columns=names).to_pylist() if names else []
-        num_bytes = _image_bytes(file.metadata, column)
+        shard = look_twice(lambda: _look_into_parquet(store, info, image_column))
     except ParquetInputError as error:
         raise ParquetInputError(f"{store.url(info.path)}: {error}") from None
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGED_PARQUET as error:
         if isinstance(error, StorageError | FileNotFoundError):
             raise
-        return [_verdict(info, "", f"shard: the Parquet file is damaged: {_line(error)}", start=0)]
-    total = file.metadata.num_rows
+        return [verdict(info, "", f"shard: the Parquet file is damaged: {_line(error)}", start=0)]
     renamed: dict[int, str] = {}
-    if names == list(OWN_KEYS):
-        _refuse_repeated_ids([row["image_id"] for row in rows], store.url(info.path))
+    if shard.names == list(OWN_KEYS):
+        _refuse_repeated_ids([row["image_id"] for row in shard.rows], store.url(info.path))
     else:
-        _, renamed = unique([row_key(row, n, column) for n, row in enumerate(rows or [{}] * total)])
-    bytes_per_row = num_bytes / max(1, total)
+        _, renamed = unique([row_key(row, n, shard.column) for n, row in enumerate(shard.rows)])
+    bytes_per_row = shard.num_bytes / max(1, len(shard.rows))
     most_rows = max(1, min(chunk_size, int(MAX_CHUNK_BYTES / max(1, bytes_per_row))))
-    groups = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
     return [
         Chunk(
             kind="parquet",
@@ -124,8 +132,42 @@ def index_parquet(
             num_bytes=round(bytes_per_row * (last - first)),
             renamed=tuple((n, key) for n, key in renamed.items() if first <= n < last),
         )
-        for first, last in pairwise(_row_cuts(groups, most_rows))
+        for first, last in pairwise(_row_cuts(shard.groups, most_rows))
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """A Parquet shard: rows of each group, bytes in memory, image column, columns of names, their rows."""
+
+    groups: list[int]
+    num_bytes: int
+    column: str
+    names: list[str]
+    rows: list[dict[str, Any]]
+
+
+def _look_into_parquet(store: Store, info: ObjectInfo, image_column: str | None) -> _Shard:
+    file = pq.ParquetFile(store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
+    column = find_image_column(file.schema_arrow, image_column)
+    groups, num_bytes = _row_groups(file.metadata)
+    names = key_columns(file.schema_arrow, column)
+    rows = file.read(columns=names).to_pylist() if names else []
+    if not names:
+        rows = [{}] * sum(groups)
+    if len(rows) != sum(groups):
+        raise pa.ArrowInvalid(f"{len(rows)} of {sum(groups)} rows have a name")
+    return _Shard(groups=groups, num_bytes=num_bytes, column=column, names=names, rows=rows)
+
+
+def look_twice(look: Callable[[], Result]) -> Result:
+    """Call a function again where it finds a Parquet file damaged: bits may flip on their way here."""
+    try:
+        return look()
+    except DAMAGED_PARQUET as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
+        return look()
 
 
 def own_id_digests(store: Store, info: ObjectInfo) -> list[int]:
@@ -135,7 +177,7 @@ def own_id_digests(store: Store, info: ObjectInfo) -> list[int]:
         if not set(OWN_KEYS) <= set(file.schema_arrow.names):
             return []
         ids = file.read(columns=["image_id"])["image_id"].to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGED_PARQUET as error:
         if isinstance(error, StorageError | FileNotFoundError):
             raise
         # Indexing the shard makes the row that says so.
@@ -148,18 +190,19 @@ def id_digest(image_id: str) -> int:
     return int.from_bytes(blake2b(image_id.encode(), digest_size=8).digest(), "big")
 
 
-def _image_bytes(metadata: pq.FileMetaData, image_column: str) -> int:
-    """Return what a shard's images take in memory: a compressed page may hold ten times its size."""
-    columns = (
-        metadata.row_group(group).column(column)
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-    )
-    return sum(
-        column.total_uncompressed_size
-        for column in columns
-        if f"{column.path_in_schema}.".startswith(f"{image_column}.")
-    )
+def _row_groups(metadata: pq.FileMetaData) -> tuple[list[int], int]:
+    """Return the rows of each row group, and what all take in memory: a page may hold ten times its size.
+
+    Other columns are counted too: where one's entry is damaged, Arrow (26) aborts when asked for it.
+
+    Raises:
+        ArrowInvalid: The footer, which has no checksum, contradicts itself.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows, sizes = [g.num_rows for g in groups], [g.total_byte_size for g in groups]
+    if sum(rows) != metadata.num_rows or min([*rows, *sizes], default=0) < 0:
+        raise pa.ArrowInvalid("its footer contradicts itself about the number of rows")
+    return rows, min(sum(sizes), MAX_IMAGE_BYTES * max(1, metadata.num_rows))
 
 
 def _refuse_repeated_ids(ids: list[str | None], url: str) -> None:
@@ -332,7 +375,8 @@ def _row_cuts(group_rows: list[int], rows: int) -> list[int]:
     return [*cuts, start] if start > cuts[-1] else cuts
 
 
-def _verdict(info: ObjectInfo, key: str, error: str, *, start: int) -> Chunk:
+def verdict(info: ObjectInfo, key: str, error: str, *, start: int) -> Chunk:
+    """Return the chunk of one row that says why an image, or with an empty key a shard, is unreadable."""
     return Chunk(
         kind="verdict",
         shard=info.path,

@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from jobs.detect import InputError
+from jobs.redact import holds_credentials
 from jobs.store import ObjectInfo, StorageError, Store
 
 WINDOW = 8 * 2**20
@@ -31,6 +32,12 @@ def read_uris(store: Store, info: ObjectInfo) -> Iterator[str]:
         if not given or not isinstance(given, str):
             raise InputError(f"row {number} of {store.url(info.path)} has no uri")
         uri = _whole(given, store, info.path)
+        if holds_credentials(uri):
+            raise InputError(
+                f"row {number} of {store.url(info.path)} has a password or a signature in its uri, which "
+                "would stand in the table: name the image without, and give credentials by the "
+                "environment or a role"
+            )
         digests.append(int.from_bytes(blake2b(uri.encode(), digest_size=8).digest(), "big"))
         yield uri
     values, times = np.unique(np.asarray(digests, np.uint64), return_counts=True)

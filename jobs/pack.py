@@ -9,6 +9,7 @@ detections. `datasets` opens the shards with images decoded. Run again with the 
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from jobs import annotations, chunks, join, plan, records, write
+from jobs import annotations, chunks, join, plan, records, retries, tally, write
 from jobs.chunks import SHARDS_FOLDER
 from jobs.cluster import connect, plain_errors
 from jobs.config import PackConfig
@@ -42,6 +43,7 @@ PACK_CPUS = 0.5
 def run(config: PackConfig) -> int:
     """Plan or go on, pack what is left, finish; return the exit code."""
     output = open_store(config.output, config.endpoint_url)
+    retries.forget()
     connect(config.address)
     table = None
     if config.predictions is not None:
@@ -69,6 +71,7 @@ def run(config: PackConfig) -> int:
             for batch in _packed(config, planned, [Work(chunk=c) for c in left], output, known):
                 for receipt in receipts(batch):
                     progress.advance(receipt.rows)
+                    retries.add(receipt.retries)
     _finish(planned, sizes, output, has_records=known is not None)
     return 0
 
@@ -78,7 +81,7 @@ def _finish(planned: Plan, sizes: Mapping[str, int], output: Store, *, has_recor
     head: Mapping[str, Any] = {"categories": [], "left_out": 0}
     if has_records:
         head = records.load_head(output, planned)
-    footers = write.read_footers(output, sizes.keys(), SHARDS_FOLDER)
+    footers = tally.read_footers(output, sizes.keys(), SHARDS_FOLDER)
     found = {name: write.Counts(**json.loads(of["counts"])) for name, of in footers.items()}
     counts = write.finish(output, sizes, found)
     crowds, empty = (sum(int(of[name]) for of in footers.values()) for name in ("crowds", "empty"))
@@ -94,6 +97,7 @@ def _finish(planned: Plan, sizes: Mapping[str, int], output: Store, *, has_recor
         "job": dict(planned.job),
         "notes": list(planned.notes),
         "shards": len(sizes),
+        "retries": dict(retries.so_far()),
     }
     write.put_marks(output, manifest)
     rows = [
@@ -207,14 +211,15 @@ def pack_chunk(
         ]
     crowds = sum(found["iscrowd"] for row in rows for found in row["detections"])
     empty = sum(row["status"] == "ok" and not row["detections"] for row in rows)
-    counts = write.put_chunk(
-        output,
-        sealed.chunk_id,
-        pa.Table.from_pylist(rows, schema=TRAINING),
-        {"crowds": str(crowds), "empty": str(empty)},
-        SHARDS_FOLDER,
-        write.TRAINING_ROWS_PER_GROUP,
-    )
+    with retries.counted() as again:
+        counts = write.put_chunk(
+            output,
+            sealed.chunk_id,
+            pa.Table.from_pylist(rows, schema=TRAINING),
+            {"crowds": str(crowds), "empty": str(empty)},
+            SHARDS_FOLDER,
+            write.TRAINING_ROWS_PER_GROUP,
+        )
     receipt = {
         "chunk_id": sealed.chunk_id,
         "rows": counts.images,
@@ -222,6 +227,7 @@ def pack_chunk(
         "detections": counts.detections,
         "errors": list(counts.errors.items()),
         "seconds": [*sealed.seconds.items(), ("write", time.perf_counter() - started)],
+        "retries": list((again + Counter(sealed.retries)).items()),
     }
     return pa.Table.from_pylist([receipt], schema=RECEIPT)
 

@@ -1,21 +1,27 @@
 """Read, predict, encode, write: the batch job as one chain of Ray Data, a chunk at a time.
 
 Every object in it is one sealed chunk (`envelope`). Pixels stay inside the actors, full-size masks
-are never made, and only receipts come back to the driver.
+are never made, and only receipts come back to the driver. A chunk whose process died, and died again, is
+dropped by Ray Data; it is then done image by image (`isolate`).
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import ray.data
+from ray.data import DataContext
+from ray.util.annotations import RayDeprecationWarning
 
-from jobs import encode
+from jobs import encode, isolate
 from jobs.actor import Model, Pool, Predict
 from jobs.cluster import plain_errors
 from jobs.encode import Receipt
+from jobs.isolate import Isolation
 from jobs.pace import slow_down
 from jobs.read import Source
 from jobs.source import READ_CPUS, Chunks, Work
+from jobs.stall import observe
 from jobs.store import Store
 
 # Encoding is short, so several share a CPU. An actor on a CPU reserves less than it uses: actors
@@ -28,6 +34,9 @@ CHUNKS_IN_ACTOR = 2
 # store holds a fixed number of chunks whatever the input's size.
 CHUNKS_IN_STORE = 6
 MIN_STORE_BYTES = 256 * 2**20
+# Times that a chunk is begun again in a stage whose process died; Ray Data's own number is infinite. An
+# image that kills its process takes the chunks beside it along, so once is enough before they are parted.
+RETRIES = 1
 MASK_BYTES = 28 * 28 * 4
 
 
@@ -39,18 +48,68 @@ def run(
     pool: Pool,
     footer: Mapping[str, str],
 ) -> Iterator[Receipt]:
-    """Do the work, and yield a receipt for each chunk when its object has been written."""
-    context = ray.data.DataContext.get_current()
+    """Do the work, and yield a receipt for each chunk when its object has been written.
+
+    Raises:
+        ClusterError: Processes die and nothing gets done; or a chunk can for no process be read.
+        Exception: What was raised while a chunk was read, predicted or written.
+    """
+    context = _context(_store_bytes(work, model, pool))
+    with DataContext.current(context), warnings.catch_warnings():
+        # Ray has no other way yet to say how often a task is tried.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        receipts = _chain(work, source, output, model, pool, footer)
+    left = {item.chunk.chunk_id: item for item in work}
+    with plain_errors():
+        for batch in receipts.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
+            for receipt in encode.receipts(batch):
+                left.pop(receipt.chunk_id, None)
+                yield receipt
+    if left:
+        isolation = Isolation(
+            source=source,
+            output=output,
+            model=model,
+            pool=pool,
+            cpus=CPU_ACTOR_CPUS,
+            footer=footer,
+        )
+        yield from isolate.run(list(left.values()), isolation)
+
+
+def _context(store_bytes: int) -> DataContext:
+    """Return how Ray Data is to run the chain; what the caller has set stays as it is."""
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    slow_down(context)
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=_store_bytes(work, model, pool)
+        object_store_memory=store_bytes
     )
-    receipts = (
+    # Only the death of a process is an error of a block (`envelope`).
+    context.max_errored_blocks = -1
+    # Nodes may be long in coming, and `stall` says that they are waited for.
+    context.execution_no_progress_timeout_s = -1
+    context.custom_execution_callback_classes = list(context.custom_execution_callback_classes)
+    slow_down(context)
+    observe(context)
+    return context
+
+
+def _chain(
+    work: Sequence[Work],
+    source: Source,
+    output: Store,
+    model: Model,
+    pool: Pool,
+    footer: Mapping[str, str],
+) -> ray.data.Dataset:
+    return (
         ray.data.read_datasource(
             Chunks(work, source),
             override_num_blocks=len(work),
             num_cpus=READ_CPUS,
+            ray_remote_args={"max_retries": RETRIES},
         )
         .map_batches(
             Predict,
@@ -67,6 +126,7 @@ def run(
             ),
             num_gpus=pool.gpus_per_actor or None,
             num_cpus=None if pool.gpus_per_actor else CPU_ACTOR_CPUS,
+            max_task_retries=RETRIES,
         )
         .map_batches(
             partial(
@@ -75,13 +135,9 @@ def run(
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=WRITE_CPUS,
+            max_retries=RETRIES,
         )
     )
-    with plain_errors():
-        for batch in receipts.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
-            yield from encode.receipts(batch)
 
 
 def _store_bytes(work: Sequence[Work], model: Model, pool: Pool) -> int:

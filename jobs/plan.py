@@ -4,29 +4,32 @@ A plan lies beside the output (`_plan.json` and `_plan/`), is written once by a 
 is never changed. What is left to do is the plan less the chunks whose output object exists.
 """
 
+import contextlib
 import io
-import json
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
 from jobs import chunks as chunks_
-from jobs import index
-from jobs.chunks import PREDICTIONS_FOLDER, Chunk
+from jobs import documents, index, retries
+from jobs.chunks import CHUNKS, PREDICTIONS_FOLDER, Chunk
 from jobs.cluster import plain_errors
 from jobs.detect import Input, describe_changes, objects_of
 from jobs.manifest import read_uris
-from jobs.store import Store
+from jobs.store import DamagedError, Store
 
 PLAN, PLAN_FOLDER = "_plan.json", "_plan"
+ALONE = "the output's store has no conditional puts that hold: start one driver at a time on this output"
 
 # Objects in one list of a plan: a few hundred chunks, so that a reader's look at the footer is
 # cheap.
@@ -35,10 +38,12 @@ OBJECTS_PER_LIST = 65_536
 # early.
 SHARDS_PER_TASK = 8
 TASKS_UNDER_WAY = 256
+# Results of tasks that are put together at once: a small table takes several times what is in it.
+RESULTS_PER_TABLE = 256
 # Indexing waits for storage more than it computes.
 INDEX_CPUS = 0.25
 
-
+UInt64 = npt.NDArray[np.uint64]
 Result = TypeVar("Result")
 
 
@@ -94,6 +99,19 @@ class Cut:
     endpoint_url: str | None
 
 
+@dataclass(frozen=True)
+class _Indexed:
+    """What is in some objects of an input.
+
+    Attributes:
+        chunks: Table of `chunks.CHUNKS`, without ids yet: millions of `Chunk` would take gigabytes.
+        id_digests: 64 bits of each image id of shards in the one schema.
+    """
+
+    chunks: pa.Table
+    id_digests: UInt64
+
+
 def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -> Plan:
     """Index an input, in Ray tasks, and cut it into chunks.
 
@@ -106,18 +124,10 @@ def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -
     Raises:
         PlanError: There is no image in it, or two of its shards hold the same image id.
     """
-    if found.format == "parquet":
-        _refuse_shared_ids(found)
     plan_id = uuid.uuid4().hex
     folder = f"{PLAN_FOLDER}/{plan_id}"
-    planned: list[Chunk] = []
-    num_images = 0
-    for some in _index(found, cut, folder, output):
-        planned += some
-        num_images += sum(chunk.num_images for chunk in some)
-        if cut.limit is not None and num_images >= cut.limit:
-            break
-    table = chunks_.numbered(chunks_.to_table(planned), cut.limit)
+    table = _gathered(_up_to(cut.limit, _index(found, cut, folder, output)), found)
+    table = chunks_.numbered(table, cut.limit)
     if not table.num_rows:
         raise PlanError(
             f"no image was found in the {found.objects.num_rows} objects at {found.store.uri} "
@@ -125,7 +135,8 @@ def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -
         )
     if output is not None:
         put_table(output, f"{folder}/objects.parquet", found.objects)
-    damaged = sum(chunk.kind == "verdict" and not chunk.key for chunk in planned)
+    alone = (ALONE,) if output and not output.keeps_first(f"{folder}/first") else ()
+    damaged = _sum(pc.and_(pc.equal(table["kind"], "verdict"), pc.equal(table["key"], "")))
     damage = (f"{damaged} shards are damaged: each has a row that says how",) if damaged else ()
     return Plan(
         plan_id=plan_id,
@@ -133,11 +144,11 @@ def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -
         folder=found.store.uri,
         format=found.format,
         why=found.why,
-        num_images=sum(table["num_images"].to_pylist()),
-        num_bytes=sum(table["num_bytes"].to_pylist()),
+        num_images=_sum(table["num_images"]),
+        num_bytes=_sum(table["num_bytes"]),
         num_objects=found.objects.num_rows,
         input_digest=found.digest(),
-        notes=(*found.notes, *damage),
+        notes=(*found.notes, *damage, *alone),
         chunks=table,
     )
 
@@ -150,8 +161,7 @@ def freeze(output: Store, plan: Plan) -> Plan:
     """
     put_table(output, f"{PLAN_FOLDER}/{plan.plan_id}/chunks.parquet", plan.chunks)
     head = {name: value for name, value in vars(plan).items() if name != "chunks"}
-    data = json.dumps(head, indent=2, ensure_ascii=False, sort_keys=True).encode()
-    if output.put_if_absent(PLAN, data):
+    if output.put_if_absent(PLAN, documents.dump(head)):
         return plan
     winner = load(output)
     assert winner is not None
@@ -162,7 +172,7 @@ def freeze(output: Store, plan: Plan) -> Plan:
 def load(output: Store) -> Plan | None:
     """Return the plan beside `output`, or None where none was made yet."""
     try:
-        head = json.loads(output.read(PLAN))
+        head = documents.read(output, PLAN)
     except FileNotFoundError:
         return None
     chunks = _read_table(output, f"{PLAN_FOLDER}/{head['plan_id']}/chunks.parquet")
@@ -216,26 +226,63 @@ def finished_chunks(output: Store, folder: str = PREDICTIONS_FOLDER) -> dict[str
     }
 
 
-def _refuse_shared_ids(found: Input) -> None:
-    """Refuse shards in the one schema that share an image id: it has one row in the output.
+def left(plan: Plan, done: Collection[str]) -> Iterator[Chunk]:
+    """Yield the chunks that are not among `done`, ids of chunks: the plan without the ledger."""
+    is_done = pc.is_in(plan.chunks["chunk_id"], pa.array(done, pa.string()))
+    yield from chunks_.from_table(plan.chunks.filter(pc.invert(is_done)))
 
-    Memory: 8 bytes for each image.
+
+def sizes(plan: Plan) -> dict[str, int]:
+    """Return the images of each chunk, by id."""
+    columns = (plan.chunks[name].to_pylist() for name in ("chunk_id", "num_images"))
+    return dict(zip(*columns, strict=True))
+
+
+def _up_to(limit: int | None, indexed: Iterator[_Indexed]) -> Iterator[_Indexed]:
+    """Yield what was indexed until it has `limit` images; what comes behind is not indexed."""
+    num_images = 0
+    for some in indexed:
+        yield some
+        num_images += _sum(some.chunks["num_images"])
+        if limit is not None and num_images >= limit:
+            return
+
+
+def _gathered(indexed: Iterator[_Indexed], found: Input) -> pa.Table:
+    """Return the chunks of an input as one table.
+
+    Memory: of Parquet shards in the one schema 17 bytes for each image, the rest by chunk.
+
+    Raises:
+        PlanError: Two shards hold the same image id.
+    """
+    tables, digests = [CHUNKS.empty_table()], [np.empty(0, np.uint64)]
+    while some := list(islice(indexed, RESULTS_PER_TABLE)):
+        tables.append(pa.concat_tables(part.chunks for part in some).combine_chunks())
+        digests.append(np.concatenate([part.id_digests for part in some]))
+    _refuse_shared_ids(digests, found)
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _refuse_shared_ids(digests: list[UInt64], found: Input) -> None:
+    """Refuse shards in the one schema that share an image id: it has one row in the output.
 
     Raises:
         PlanError: They do.
     """
-    calls = ((found.store, some) for some in _groups(found.objects))
-    digests = [np.asarray(some, np.uint64) for some in in_order(_id_digests, calls)]
-    values, times = np.unique(np.concatenate(digests), return_counts=True)
-    if len(values) and times.max() > 1:
+    ordered = np.concatenate(digests)
+    ordered.sort()
+    again = ordered[1:] == ordered[:-1]
+    if again.any():
         raise PlanError(
-            f"{int((times > 1).sum())} image ids are in more than one shard of {found.store.uri}: "
-            "take away the shards that are there twice, or rename their column image_id"
+            f"{len(np.unique(ordered[1:][again]))} image ids are in more than one shard of "
+            f"{found.store.uri}: take away the shards that are there twice, or rename their column "
+            "image_id"
         )
 
 
-def _id_digests(store: Store, objects: pa.Table) -> list[int]:
-    return [value for info in objects_of(objects) for value in index.own_id_digests(store, info)]
+def _sum(column: pa.ChunkedArray) -> int:
+    return int(pc.sum(column, min_count=0).as_py())
 
 
 def _groups(objects: pa.Table) -> Iterator[pa.Table]:
@@ -243,29 +290,35 @@ def _groups(objects: pa.Table) -> Iterator[pa.Table]:
         yield objects.slice(start, SHARDS_PER_TASK)
 
 
-def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterator[list[Chunk]]:
-    """Yield the chunks of the input's objects, in their order."""
+def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterator[_Indexed]:
+    """Yield what is in the input's objects, in their order."""
     if found.format == "images":
         for number, start in enumerate(range(0, found.objects.num_rows, OBJECTS_PER_LIST)):
             some = found.objects.slice(start, OBJECTS_PER_LIST)
             yield _list_images(some, f"{folder}/list-{number:05d}.parquet", cut, "", output)
     elif found.format == "manifest":
-        yield from in_order(
-            _index_uris, ((*some, cut, output) for some in _lists_of_uris(found, folder))
-        )
+        uris = ((*some, cut, output) for some in _lists_of_uris(found, folder))
+        yield from chain.from_iterable(in_order(_index_uris, uris))
     else:
         calls = ((found.store, some, found.format, cut) for some in _groups(found.objects))
-        yield from in_order(_index_shards, calls)
+        yield from chain.from_iterable(in_order(_index_shards, calls))
 
 
-def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[Chunk]:
+def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[_Indexed]:
     planned: list[Chunk] = []
+    digests: list[int] = []
     for info in objects_of(objects):
-        if format_ == "webdataset":
-            planned += index.index_tar(store, info, cut.chunk_size)
-        else:
-            planned += index.index_parquet(store, info, cut.chunk_size, cut.image_column)
-    return planned
+        try:
+            if format_ == "webdataset":
+                planned += index.index_tar(store, info, cut.chunk_size)
+            else:
+                planned += index.index_parquet(store, info, cut.chunk_size, cut.image_column)
+                # What was read a moment ago and is damaged now has its rows all the same.
+                with contextlib.suppress(DamagedError):
+                    digests += index.own_id_digests(store, info)
+        except DamagedError as error:
+            planned.append(index.verdict(info, "", f"shard: {error}", start=0))
+    return [_Indexed(chunks_.to_table(planned), np.array(digests, np.uint64))]
 
 
 def _lists_of_uris(found: Input, folder: str) -> Iterator[tuple[str, list[str], str]]:
@@ -280,31 +333,41 @@ def _lists_of_uris(found: Input, folder: str) -> Iterator[tuple[str, list[str], 
 
 def _index_uris(
     manifest: str, uris: list[str], list_path: str, cut: Cut, output: Store | None
-) -> list[Chunk]:
-    return _list_images(index.look_up(uris, cut.endpoint_url), list_path, cut, manifest, output)
+) -> list[_Indexed]:
+    objects = index.look_up(uris, cut.endpoint_url)
+    return [_list_images(objects, list_path, cut, manifest, output)]
 
 
 def _list_images(
     objects: pa.Table, list_path: str, cut: Cut, shard: str, output: Store | None
-) -> list[Chunk]:
+) -> _Indexed:
     """Cut loose images into chunks and write their list, each chunk as one row group."""
     planned = index.index_objects(objects, list_path, cut.chunk_size, shard)
     if output is not None:
         put_table(output, list_path, objects, [chunk.num_images for chunk in planned])
-    return planned
+    return _Indexed(chunks_.to_table(planned), np.empty(0, np.uint64))
 
 
 def in_order(
     function: Callable[..., list[Result]], calls: Iterator[tuple[Any, ...]]
 ) -> Iterator[list[Result]]:
     """Run calls as Ray tasks, a bounded number at a time, and yield their results in order."""
-    task = ray.remote(num_cpus=INDEX_CPUS)(function)
-    under_way = deque(task.remote(*call) for call in islice(calls, TASKS_UNDER_WAY))
+    task = ray.remote(num_cpus=INDEX_CPUS)(_with_retries)
+    under_way = deque(task.remote(function, *call) for call in islice(calls, TASKS_UNDER_WAY))
     while under_way:
         with plain_errors():
-            done = ray.get(under_way.popleft())
+            done, again = ray.get(under_way.popleft())
+        retries.add(again)
         yield done
-        under_way.extend(task.remote(*call) for call in islice(calls, 1))
+        under_way.extend(task.remote(function, *call) for call in islice(calls, 1))
+
+
+def _with_retries(
+    function: Callable[..., list[Result]], *call: Any
+) -> tuple[list[Result], Mapping[str, int]]:
+    with retries.counted() as again:
+        done = function(*call)
+    return done, again
 
 
 def put_table(
@@ -323,4 +386,8 @@ def put_table(
 
 
 def _read_table(output: Store, path: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(output.read(path)), page_checksum_verification=True)
+    data = io.BytesIO(output.read(path))
+    try:
+        return pq.read_table(data, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise output.damaged(path, error) from error

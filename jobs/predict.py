@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from jobs import chunks, pipeline, plan, write
+from jobs import pipeline, plan, retries, tally, write
 from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
@@ -26,6 +26,7 @@ from jobs.detect import look
 from jobs.plan import Plan
 from jobs.read import Source
 from jobs.source import Work
+from jobs.stall import StallWarning
 from jobs.storage import open_store
 from jobs.store import Store
 from jobs.weights import load_bundle
@@ -36,6 +37,7 @@ from segmodel.schema import SCHEMA_VERSION
 
 def run(config: PredictConfig) -> int:
     """Plan or go on, predict what is left, finish; return the exit code."""
+    retries.forget()
     output = open_store(config.output, config.endpoint_url)
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
@@ -48,13 +50,20 @@ def run(config: PredictConfig) -> int:
     done = plan.finished_chunks(output).keys()
     work = _left(config, planned, output, done)
     if not work and output.info(write.SUCCESS) is not None:
-        counts = write.total(write.read_counts(output, done).values())
+        counts = write.final_counts(output)
         console.print(f"{config.output} is finished: nothing to do.")
         _show_summary(counts, output, {})
         return _exit_code(config, counts)
     _show_plan(planned, pool, len(work), "Plan" if not done else "Plan, going on")
     output.delete(write.SUCCESS)
-    return _exit_code(config, _work_off(config, planned, work, output, bundle, pool))
+    try:
+        counts = _work_off(config, planned, work, output, bundle, pool)
+    except KeyboardInterrupt:
+        rows = planned.chunks.select(["chunk_id", "num_images"]).to_pylist()
+        now_done = plan.finished_chunks(output).keys()
+        images = sum(row["num_images"] for row in rows if row["chunk_id"] in now_done)
+        raise KeyboardInterrupt(f"{images} of {planned.num_images} images are done") from None
+    return _exit_code(config, counts)
 
 
 def _work_off(
@@ -71,7 +80,13 @@ def _work_off(
     seconds: Counter[str] = Counter()
     images = 0
     todo = sum(len(w.positions) if w.positions else w.chunk.num_images for w in work)
-    with ImageProgress(planned.num_images, planned.num_images - todo) as progress:
+    wanted = {
+        "GPU" if pool.gpus_per_actor else "CPU": pool.gpus_per_actor or pipeline.CPU_ACTOR_CPUS
+    }
+    with (
+        ImageProgress(planned.num_images, planned.num_images - todo) as progress,
+        StallWarning(config.stall_warning, lambda: todo - images, wanted) as stalled,
+    ):
         if work:
             for receipt in pipeline.run(
                 work,
@@ -83,12 +98,13 @@ def _work_off(
             ):
                 receipts[receipt.chunk_id] = receipt.counts
                 seconds.update(receipt.seconds)
+                retries.add(receipt.retries)
                 images += receipt.rows
                 progress.advance(receipt.rows)
+                stalled.progress()
     done = plan.finished_chunks(output).keys()
-    counted = {**write.read_counts(output, done - receipts.keys()), **receipts}
-    rows = planned.chunks.select(["chunk_id", "num_images"]).to_pylist()
-    sizes = {row["chunk_id"]: row["num_images"] for row in rows}
+    counted = {**tally.read_counts(output, done - receipts.keys()), **receipts}
+    sizes = plan.sizes(planned)
     counts = write.finish(output, sizes, {name: counted[name] for name in sizes if name in counted})
     took = time.time() - started
     facts_of_run = {
@@ -97,6 +113,8 @@ def _work_off(
         "seconds": round(took, 2),
         "images_per_second": round(images / took, 3),
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
+        # Of all processes, planning included where this run planned.
+        "retries": dict(retries.so_far()),
     }
     write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
     _show_summary(counts, output, facts_of_run)
@@ -148,15 +166,13 @@ def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Pl
 
 def _left(config: PredictConfig, planned: Plan, output: Store, done: Set[str]) -> list[Work]:
     """Return the chunks without an object, and with `--retry-errors` the rows in error of the others."""
-    all_chunks = list(chunks.from_table(planned.chunks))
-    work = [Work(chunk=chunk) for chunk in all_chunks if chunk.chunk_id not in done]
+    work = [Work(chunk=chunk) for chunk in plan.left(planned, done)]
     if config.retry_errors:
-        counted = write.read_counts(output, done)
+        counted = tally.read_counts(output, done)
         failed = write.failed_positions(output, [name for name in done if counted[name].failed])
         work += [
             Work(chunk=chunk, positions=failed[chunk.chunk_id])
-            for chunk in all_chunks
-            if chunk.chunk_id in failed
+            for chunk in plan.left(planned, plan.sizes(planned).keys() - failed.keys())
         ]
     return work
 
@@ -201,6 +217,7 @@ def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
         gpus_per_actor=share,
         threads=max(1, int(cpus / max_actors)),
         batch_size=config.batch_size,
+        image_timeout_s=config.image_timeout,
     )
 
 
@@ -274,6 +291,8 @@ def _show_summary(counts: Counts, output: Store, of_run: Mapping[str, Any]) -> N
             ("this run", f"{of_run['images']} images in {duration(of_run['seconds'])}"),
             ("throughput", f"{of_run['images_per_second']:.2f} images/s"),
         ]
+    if again := of_run.get("retries"):
+        rows.append(("asked again", f"the store, after trouble ({retries.in_words(again)})"))
     if counts.failed:
         rows.append(("errors", "the column `error` says why; --retry-errors does those rows again"))
     rows.append(("table", output.url("predictions/*.parquet")))

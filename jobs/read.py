@@ -8,33 +8,42 @@ import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs import tar
+from jobs import retries, tar
 from jobs.chunks import Chunk
 from jobs.detect import FOOTER_WINDOW, OBJECTS
 from jobs.index import (
+    DAMAGED_PARQUET,
     HOP_FROM_MEAN_BYTES,
     HOP_WINDOW,
     MAX_IMAGE_BYTES,
     OWN_KEYS,
     READ_THROUGH_WINDOW,
+    ParquetInputError,
     find_image_column,
     key_columns,
     row_key,
 )
 from jobs.storage import open_uri
-from jobs.store import ChangedError, ObjectInfo, StorageError, Store
+from jobs.store import ChangedError, DamagedError, ObjectInfo, StorageError, Store
 from segmodel.schema import image_id
 
 # Loose images are small: the wait for each is most of its cost.
 FETCH_THREADS = 16
-# Rows of a Parquet shard that are decompressed together.
+# Rows of a Parquet shard that are decompressed together, and bytes that are read together: a row
+# group may hold any number of images, and Arrow would read all of them for the first.
 ROWS_AT_A_TIME = 64
+PARQUET_WINDOW = 16 * 2**20
+# Size and etag say that a shard is the same, its headers or its footer that it is not.
+CHANGED_TAR = "changed: the tar does not hold what was planned"
+CHANGED_PARQUET = "changed: the Parquet file does not hold what was planned"
+# How an error begins that a second look may clear away: bits may flip on their way here.
+DAMAGE = ("shard:", CHANGED_TAR, CHANGED_PARQUET)
 
 IMAGES = pa.schema(
     [
@@ -107,8 +116,13 @@ def read_chunk(chunk: Chunk, source: Source) -> pa.Table:
     }
     try:
         rows = readers[chunk.kind](chunk, source)
+        if chunk.kind != "verdict" and any((row.error or "").startswith(DAMAGE) for row in rows):
+            retries.note("checksum")
+            rows = readers[chunk.kind](chunk, source)
     except ChangedError as error:
         rows = chunk.kept(_rest_in_error(chunk, 0, f"changed: {error}"))
+    except DamagedError as error:
+        rows = chunk.kept(_rest_in_error(chunk, 0, f"shard: {error}"))
     except FileNotFoundError as error:
         rows = chunk.kept(_rest_in_error(chunk, 0, f"missing: {error}"))
     assert len(rows) == chunk.num_images, f"{chunk} gave {len(rows)} rows"
@@ -170,26 +184,40 @@ def _read_tar(chunk: Chunk, source: Source) -> list[Row]:
             if member.problem or len(content) != member.size:
                 break
             rows.append(Row(chunk.shard, renamed.get(number, member.key), content))
-    # Its size and etag say that it is the same, its headers that it is not.
-    changed = "changed: the tar does not hold what was planned"
-    return chunk.kept(rows + _rest_in_error(chunk, len(rows), changed))
+    return chunk.kept(rows + _rest_in_error(chunk, len(rows), CHANGED_TAR))
 
 
 def _read_parquet(chunk: Chunk, source: Source) -> list[Row]:
-    info = ObjectInfo(chunk.shard, chunk.size, chunk.etag)
-    file = pq.ParquetFile(source.store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
-    column = find_image_column(file.schema_arrow, source.image_column)
-    # The names first: where a page of images is damaged, the rows in error still have their own.
-    named = iter(_named_rows(chunk, file, column))
+    try:
+        file = _open_parquet(chunk, source)
+        column = find_image_column(file.schema_arrow, source.image_column)
+        # The names first: where a page of images is damaged, rows in error still have their own.
+        named = _named_rows(chunk, file, column)
+    except (*DAMAGED_PARQUET, ParquetInputError) as error:
+        if isinstance(error, StorageError | FileNotFoundError):
+            raise
+        # When it was planned, it was whole.
+        damage = f"shard: the Parquet file is damaged: {_line(error)}"
+        return chunk.kept(_rest_in_error(chunk, 0, damage))
+    if len(named) != chunk.num_read:
+        return chunk.kept(_rest_in_error(chunk, 0, CHANGED_PARQUET))
     rows: list[Row] = []
     for part in _parts(file, chunk.start, chunk.num_read):
-        rows += _with_images(list(islice(named, part.num_rows)), file, part, column)
+        of_part = named[len(rows) : len(rows) + part.num_rows]
+        rows += _with_images(of_part, file, part, column)
     return chunk.kept(rows)
 
 
+def _open_parquet(chunk: Chunk, source: Source) -> pq.ParquetFile:
+    file = source.store.open(ObjectInfo(chunk.shard, chunk.size, chunk.etag), FOOTER_WINDOW)
+    # Arrow's own reading ahead takes a whole row group, whatever `buffer_size` says.
+    return pq.ParquetFile(
+        file, page_checksum_verification=True, pre_buffer=False, buffer_size=PARQUET_WINDOW
+    )
+
+
 def _parquet_names(chunk: Chunk, source: Source) -> list[Row]:
-    info = ObjectInfo(chunk.shard, chunk.size, chunk.etag)
-    file = pq.ParquetFile(source.store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
+    file = _open_parquet(chunk, source)
     column = find_image_column(file.schema_arrow, source.image_column)
     return chunk.kept(_named_rows(chunk, file, column))
 
@@ -216,19 +244,17 @@ def _with_images(named: list[Row], file: pq.ParquetFile, part: Part, column: str
     """Add the images of a part of a row group to its rows; behind a damaged page, the error."""
     rows: list[Row] = []
     try:
-        for row, values in zip(named, _rows_of(file, part, [column]), strict=True):
+        for row, values in zip(named, _rows_of(file, part, [column]), strict=False):
             image = values[column]
             data = image.get("bytes") if isinstance(image, dict) else image
             error = "empty: the row holds no image" if data is None else None
             rows.append(replace(row, data=data, error=error))
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGED_PARQUET as error:
         if isinstance(error, StorageError | FileNotFoundError):
             raise
-        damage = (
-            f"shard: a page of the Parquet file is damaged: {' '.join(str(error).split())[:200]}"
-        )
-        rows += [replace(row, error=damage) for row in named[len(rows) :]]
-    return rows
+        damage = f"shard: a page of the Parquet file is damaged: {_line(error)}"
+        return [*rows, *(replace(row, error=damage) for row in named[len(rows) :])]
+    return [*rows, *(replace(row, error=CHANGED_PARQUET) for row in named[len(rows) :])]
 
 
 def _parts(file: pq.ParquetFile, start: int, count: int) -> Iterator[Part]:
@@ -315,6 +341,12 @@ def _fetch(store: Store, info: ObjectInfo) -> tuple[bytes | None, str | None]:
         return None, f"missing: {error}"
     except ChangedError as error:
         return None, f"changed: {error}"
+    except DamagedError as error:
+        return None, f"corrupt: {error}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _rest_in_error(chunk: Chunk, done: int, error: str) -> list[Row]:

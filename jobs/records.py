@@ -5,7 +5,6 @@ of the plan has one row. The records lie in `_plan/<plan>/records-*.parquet`, a 
 chunk; a task reads those of its chunk, and a later run needs no JSON and matches nothing again.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs import chunks
+from jobs import chunks, documents
 from jobs.detect import FOOTER_WINDOW
 from jobs.plan import PLAN_FOLDER, Plan, PlanError, put_table
 from jobs.store import ObjectInfo, StorageError, Store
@@ -111,7 +110,7 @@ def freeze(output: Store, planned: Plan, matched: Matched) -> Plan:
     num_images = sum(chunk.num_images for chunk in kept)
     left_out = planned.num_images - num_images
     head = {"categories": matched.categories, "left_out": left_out}
-    output.put(_head_path(planned.plan_id), json.dumps(head, ensure_ascii=False).encode())
+    output.put(_head_path(planned.plan_id), documents.dump(head))
     note = (f"{left_out} images without a record are left out",) if left_out else ()
     return replace(
         planned,
@@ -124,8 +123,7 @@ def freeze(output: Store, planned: Plan, matched: Matched) -> Plan:
 
 def load_head(output: Store, planned: Plan) -> Mapping[str, Any]:
     """Return the `categories` of frozen records, and how many images were `left_out`."""
-    head: dict[str, Any] = json.loads(output.read(_head_path(planned.plan_id)))
-    return head
+    return documents.read(output, _head_path(planned.plan_id))
 
 
 def some_of(names: Sequence[str]) -> str:

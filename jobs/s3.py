@@ -4,10 +4,13 @@ A plan needs etags, reads need `If-Match` in the same request, and the ledger ne
 puts, none of which `pyarrow.fs` offers.
 """
 
-import contextlib
+import hashlib
+import itertools
 import random
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -16,18 +19,53 @@ import botocore.config
 import botocore.exceptions
 from typing_extensions import override
 
-from jobs.store import ChangedError, ObjectInfo, StorageError, Store
+from jobs import retries, s3_errors
+from jobs.redact import without_secrets
+from jobs.store import ChangedError, DamagedError, ObjectInfo, StorageError, Store
 
-# Ten attempts with back-off ride out about 25 s of 503s; botocore waits up to 20 s between two.
-MAX_ATTEMPTS = 10
-# A body that breaks off is not retried by botocore: so many times by us, waiting up to 0.1, 0.2,
-# 0.4 ... s.
-BODY_ATTEMPTS = 6
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 # Reader tasks fetch loose images with this many threads at most, each with its own connection.
 MAX_CONNECTIONS = 64
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How much trouble a store may make before a job gives up.
+
+    One loop asks again, whatever failed: botocore's own does not see bodies that break off, and
+    has a quota that sixteen reading threads use up within seconds.
+
+    Attributes:
+        attempts: For each request; twelve ride out at least 42 s, and 64 s on average.
+        checksum_attempts: Where what arrives is damaged: in transit it is once, in the store always.
+        first_wait_s: Before the second attempt, at most; it doubles with each, and at least half of
+            it is waited.
+        longest_wait_s: Between two attempts, at most.
+        connect_timeout_s: Without a connection for so long, an attempt has failed.
+        read_timeout_s: Without a byte for so long.
+    """
+
+    attempts: int = 12
+    checksum_attempts: int = 4
+    first_wait_s: float = 0.1
+    longest_wait_s: float = 20
+    connect_timeout_s: float = 10
+    read_timeout_s: float = 60
+
+    def attempts_for(self, kind: str) -> int:
+        """Return how often to ask where an attempt failed so; `kind` is empty where it is final."""
+        if kind == s3_errors.CHECKSUM:
+            return self.checksum_attempts
+        return self.attempts if kind else 1
+
+    def wait_s(self, number: int) -> float:
+        """Return how long to wait after attempt `number`, counted from 0."""
+        longest = min(self.longest_wait_s, self.first_wait_s * 2**number)
+        return random.uniform(longest / 2, longest)
+
+
+PATIENCE = Patience()
 
 
 class S3Store(Store):
@@ -36,33 +74,34 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str, endpoint_url: str | None) -> None:
         self.bucket, self.prefix, self.endpoint_url = bucket, prefix, endpoint_url
         self.uri = "s3://" + "/".join(part for part in (bucket, prefix) if part)
+        # It travels with the store, so that all processes of a job have the same.
+        self.patience = PATIENCE
 
     @property
     def _client(self) -> Any:
-        return _s3_client(self.endpoint_url)
+        return _s3_client(self.endpoint_url, self.patience)
 
     @override
     def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = f"{self.prefix}/" if self.prefix else ""
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=start + (f"{prefix}/" if prefix else "")
-        )
-        with self._errors(prefix):
-            for page in pages:
-                for found in page.get("Contents", ()):
-                    if not found["Key"].endswith("/"):
-                        yield ObjectInfo(
-                            found["Key"][len(start) :],
-                            found["Size"],
-                            found["ETag"],
-                            found["LastModified"].timestamp(),
-                        )
+        wanted = {"Bucket": self.bucket, "Prefix": start + (f"{prefix}/" if prefix else "")}
+        while True:
+            page = self._ask(prefix, "list_objects_v2", wanted)
+            if "IsTruncated" not in page:
+                # A web page may be read as a listing, an empty one.
+                raise StorageError(f"{self.url(prefix)}: {s3_errors.NO_STORE}")
+            for found in page.get("Contents", ()):
+                if not found["Key"].endswith("/"):
+                    path, modified = found["Key"][len(start) :], found["LastModified"].timestamp()
+                    yield ObjectInfo(path, found["Size"], found["ETag"], modified)
+            if not page["IsTruncated"]:
+                return
+            wanted["ContinuationToken"] = page["NextContinuationToken"]
 
     @override
     def info(self, path: str) -> ObjectInfo | None:
         try:
-            with self._errors(path):
-                head = self._client.head_object(Bucket=self.bucket, Key=self._key(path))
+            head = self._ask(path, "head_object", self._named(path))
         except FileNotFoundError:
             return None
         modified = head["LastModified"].timestamp()
@@ -70,100 +109,119 @@ class S3Store(Store):
 
     @override
     def read(self, path: str, span: tuple[int, int] | None = None, etag: str = "") -> bytes:
-        wanted: dict[str, str] = {"Bucket": self.bucket, "Key": self._key(path)}
+        wanted = self._named(path)
         if etag:
             wanted["IfMatch"] = etag
         if span is not None:
             wanted["Range"] = f"bytes={span[0]}-{span[1] - 1}"
 
-        def attempt() -> bytes:
-            return bytes(self._client.get_object(**wanted)["Body"].read())
+        def whole_body(answer: Mapping[str, Any]) -> bytes:
+            data = bytes(answer["Body"].read())
+            if span is None or answer.get("ContentRange") == f"bytes 0-{len(data) - 1}/{len(data)}":
+                self._check(path, data, answer)
+            return data
 
-        with self._errors(path):
-            data = _again_when_broken_off(attempt)
+        data: bytes = self._ask(path, "get_object", wanted, whole_body)
         if span is not None and len(data) != span[1] - span[0]:
             raise self.changed(path)
         return data
 
     @override
     def put(self, path: str, data: bytes) -> None:
-        with self._errors(path):
-            self._client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+        self._ask(
+            path,
+            "put_object",
+            {**self._named(path), "Body": data},
+            lambda answer: self._check(path, data, answer),
+        )
 
     @override
     def put_if_absent(self, path: str, data: bytes) -> bool:
         try:
-            with self._errors(path):
-                self._client.put_object(
-                    Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*"
-                )
+            wanted = {**self._named(path), "Body": data, "IfNoneMatch": "*"}
+            self._ask(path, "put_object", wanted)
         except ChangedError:
-            # A lost answer makes botocore repeat the put, which then meets our own object.
+            # After a lost answer the put is repeated, and meets our own object.
             return self.read(path) == data
         return True
 
     @override
     def delete(self, path: str) -> None:
-        with self._errors(path):
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(path))
+        self._ask(path, "delete_object", self._named(path))
 
-    def _key(self, path: str) -> str:
-        return "/".join(part for part in (self.prefix, path) if part)
+    def _named(self, path: str) -> dict[str, Any]:
+        return {
+            "Bucket": self.bucket,
+            "Key": "/".join(part for part in (self.prefix, path) if part),
+        }
 
-    @contextlib.contextmanager
-    def _errors(self, path: str) -> Iterator[None]:
-        """Turn botocore's errors into ones that name the object and say what to do."""
-        url = self.url(path)
-        try:
-            yield
-        except botocore.exceptions.ClientError as error:
-            code = str(error.response["Error"].get("Code"))
-            if code in ("404", "NoSuchKey"):
-                raise FileNotFoundError(f"{url} does not exist") from error
-            if code in ("412", "PreconditionFailed", "416", "InvalidRange"):
-                raise self.changed(path) from error
-            raise StorageError(f"{url}: {_ADVICE.get(code, code)} ({error})") from error
-        except botocore.exceptions.NoCredentialsError as error:
-            raise StorageError(f"{url}: {_ADVICE['NoCredentials']}") from error
-        except botocore.exceptions.EndpointConnectionError as error:
-            raise StorageError(f"{url}: {error}: check --endpoint-url and the network") from error
-        except botocore.exceptions.BotoCoreError as error:
-            raise StorageError(f"{url}: {error}") from error
+    def _ask(
+        self,
+        path: str,
+        call: str,
+        wanted: Mapping[str, Any],
+        use: Callable[[Mapping[str, Any]], Any] = lambda answer: answer,
+    ) -> Any:
+        """Make a request and use its answer, again with back-off and jitter after what may pass.
 
+        Raises:
+            FileNotFoundError: There is no such object.
+            ChangedError: It is another one than asked for.
+            StorageError: It cannot be used; the message names it and says what to do.
+        """
+        for number in itertools.count():
+            try:
+                return use(getattr(self._client, call)(**wanted))
+            except s3_errors.FAILURES as error:
+                kind = s3_errors.passing(error)
+                if number + 1 >= self.patience.attempts_for(kind):
+                    # Not from the error: its text may repeat a token, and Ray logs the chain.
+                    raise self._plain(path, error) from None
+            retries.note(kind)
+            time.sleep(self.patience.wait_s(number))
+        raise AssertionError
 
-_ADVICE = {
-    "NoSuchBucket": "the bucket does not exist: check its name and --endpoint-url",
-    "403": "access is denied: check the credentials and the bucket's policy",
-    "AccessDenied": "access is denied: check the credentials and the bucket's policy",
-    "InvalidAccessKeyId": "the access key is unknown to this store: check AWS_ACCESS_KEY_ID",
-    "NoCredentials": "no credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, or give the machine a role",
-}
+    def _check(self, path: str, data: bytes, answer: Mapping[str, Any]) -> None:
+        """Compare a whole object with its etag, where that is its MD5 sum.
+
+        It is none of objects of several parts, of those encrypted with keys of the customer or of
+        KMS, and in directory buckets.
+
+        Raises:
+            DamagedError: They differ.
+        """
+        etag = str(answer.get("ETag", "")).strip('"').lower()
+        encrypted = answer.get("SSECustomerAlgorithm") or "kms" in str(
+            answer.get("ServerSideEncryption", "")
+        )
+        if encrypted or self.bucket.endswith("--x-s3") or not re.fullmatch("[0-9a-f]{32}", etag):
+            return
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
+            raise self.damaged(path, "its content does not have the MD5 sum that its etag states")
+
+    def _plain(self, path: str, error: Exception) -> OSError:
+        """Return the error that names the object and says what to do."""
+        if isinstance(error, DamagedError):
+            return error
+        code = s3_errors.code(error)
+        if code in ("404", "NoSuchKey"):
+            return FileNotFoundError(f"{self.url(path)} does not exist")
+        if code in ("412", "PreconditionFailed", "416", "InvalidRange"):
+            return self.changed(path)
+        if s3_errors.passing(error) == s3_errors.CHECKSUM:
+            return self.damaged(path, without_secrets(str(error)))
+        return StorageError(f"{self.url(path)}: {s3_errors.advice(error)}")
 
 
 @cache
-def _s3_client(endpoint_url: str | None) -> Any:
+def _s3_client(endpoint_url: str | None, patience: Patience) -> Any:
     return boto3.session.Session().client(
         "s3",
         endpoint_url=endpoint_url,
         config=botocore.config.Config(
-            retries={"mode": "standard", "max_attempts": MAX_ATTEMPTS},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            connect_timeout=patience.connect_timeout_s,
+            read_timeout=patience.read_timeout_s,
             max_pool_connections=MAX_CONNECTIONS,
         ),
     )
-
-
-def _again_when_broken_off(attempt: Callable[[], Result]) -> Result:
-    """Call `attempt`, again with back-off and jitter when a body breaks off or arrives damaged."""
-    for number in range(BODY_ATTEMPTS - 1):
-        with contextlib.suppress(
-            botocore.exceptions.ReadTimeoutError,
-            botocore.exceptions.ResponseStreamingError,
-            botocore.exceptions.IncompleteReadError,
-            botocore.exceptions.FlexibleChecksumError,
-        ):
-            return attempt()
-        time.sleep(random.uniform(0, 0.1 * 2**number))
-    return attempt()

@@ -11,8 +11,9 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from typing_extensions import override
 
+from jobs import retries
 from jobs.chunks import Chunk
-from jobs.envelope import ENVELOPE, Envelope, seal
+from jobs.envelope import ENVELOPE, Envelope, failed, seal
 from jobs.read import Source, read_chunk
 
 # Reading waits for storage: several share a CPU.
@@ -47,7 +48,7 @@ class Chunks(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                partial(_read, item, self._source),
+                partial(_read_or_fail, item, self._source),
                 BlockMetadata(
                     num_rows=1,
                     size_bytes=item.chunk.num_bytes,
@@ -60,16 +61,35 @@ class Chunks(Datasource):
         ]
 
 
-def _read(item: Work, source: Source) -> Iterator[pa.Table]:
+def _read_or_fail(item: Work, source: Source) -> Iterator[pa.Table]:
+    try:
+        yield read_sealed(item, source)
+    except Exception as error:  # noqa: BLE001 - the driver raises it (`envelope`)
+        yield failed(item.chunk.chunk_id, error)
+
+
+def read_sealed(item: Work, source: Source) -> pa.Table:
+    """Read what is to be done as a sealed chunk of `read.IMAGES`.
+
+    Raises:
+        StorageError: The store failed for good.
+    """
     started = time.perf_counter()
     chunk = item.chunk
     if item.positions is not None:
         # A retry takes loose images as they are now: putting a better one there is what it is for.
         source = replace(source, check_loose=False)
-    table = read_chunk(chunk, source)
+    with retries.counted() as again:
+        table = read_chunk(chunk, source)
     if item.positions is not None:
         table = table.take(list(item.positions))
     seconds = {"read": time.perf_counter() - started}
-    yield seal(
-        Envelope(chunk_id=chunk.chunk_id, positions=item.positions, seconds=seconds, table=table)
+    return seal(
+        Envelope(
+            chunk_id=chunk.chunk_id,
+            positions=item.positions,
+            seconds=seconds,
+            retries=again,
+            table=table,
+        )
     )

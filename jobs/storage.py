@@ -5,6 +5,7 @@ literally: `#`, `?`, `%` and spaces mean themselves.
 """
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from typing_extensions import override
 
+from jobs.redact import holds_credentials, without_secrets
 from jobs.s3 import S3Store
 from jobs.store import ObjectInfo, StorageError, Store
 
@@ -95,6 +97,10 @@ class ArrowStore(Store):
         return True
 
     @override
+    def keeps_first(self, path: str) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @override
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self._full(path))
@@ -108,8 +114,18 @@ class ArrowStore(Store):
         if folder:
             self.filesystem.create_dir(folder, recursive=True)
         aside = f"{folder}{slash}.{name}.{uuid.uuid4().hex}"
-        with self.filesystem.open_output_stream(aside) as stream:
-            stream.write(data)
+        try:
+            with self.filesystem.open_output_stream(aside) as stream:
+                stream.write(data)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_file(aside)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageError(
+                    f"{self.url(path)} cannot be written, the disk is full: make room, and run the same "
+                    "command again to go on"
+                ) from error
+            raise
         return aside
 
 
@@ -122,8 +138,14 @@ def open_store(uri: str, endpoint_url: str | None = None) -> Store:
         endpoint_url: The S3-compatible store; `AWS_ENDPOINT_URL`, then Amazon's, where None.
 
     Raises:
-        ValueError: The URI has no bucket, or a scheme that `pyarrow.fs` does not know.
+        ValueError: The URI has no bucket, a scheme that `pyarrow.fs` does not know, or a password
+            or signature in it: it would stand in plans and manifests.
     """
+    if holds_credentials(uri):
+        raise ValueError(
+            f"{without_secrets(uri)!r} holds credentials: give them by the environment, the machine's "
+            "role or a credentials file, and the URI without them"
+        )
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         path = Path(rest if separator else uri).absolute()

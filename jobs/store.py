@@ -17,6 +17,10 @@ class ChangedError(StorageError):
     """An object is no longer the one that was planned."""
 
 
+class DamagedError(StorageError):
+    """What was read is not what was written: a checksum says so."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """One object.
@@ -59,6 +63,7 @@ class Store(ABC):
         Raises:
             FileNotFoundError: There is no such object.
             ChangedError: It has another etag.
+            DamagedError: It does not fit its checksum, where the store has one.
             StorageError: It cannot be read, with the reason.
         """
 
@@ -77,6 +82,13 @@ class Store(ABC):
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens where there is none."""
 
+    def keeps_first(self, path: str) -> bool:
+        """Say whether `put_if_absent` keeps two writers apart; `path` is written to try it."""
+        self.put_if_absent(path, b"first")
+        kept = not self.put_if_absent(path, b"second")
+        self.delete(path)
+        return kept
+
     def open(self, info: ObjectInfo, window: int) -> "WindowedFile":
         """Return the object as a seekable file that fetches `window` bytes or more at a time."""
         return WindowedFile(self, info, window)
@@ -89,6 +101,13 @@ class Store(ABC):
         """Return the error that says that an object is not the planned one."""
         return ChangedError(
             f"{self.url(path)} changed after it was planned: start a new output to use it as it is now"
+        )
+
+    def damaged(self, path: str, why: object) -> DamagedError:
+        """Return the error that says that an object does not fit its checksum."""
+        return DamagedError(
+            f"{self.url(path)} was damaged in transit or in the store ({why}): "
+            "if that stays so, put the object there again"
         )
 
 

@@ -99,7 +99,7 @@ def _compression(file: BinaryIO, start: int) -> str:
     first = file.read(8)
     for magic, name in COMPRESSED.items():
         if first.startswith(magic):
-            return f"the tar is compressed ({name}): store it as it is, so that its images can be reached"
+            return f"the tar is compressed ({name}): unpack it to a plain .tar, whose images can be reached"
     return ""
 
 

@@ -6,25 +6,25 @@ and `_SUCCESS`. Run the same command again to go on. Throughput on named hardwar
 """
 
 import time
+from functools import partial
+from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import checkpoints, feed, train_result, train_task, train_worker, write
 from jobs.board import Board, watched
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, TrainConfig
-from jobs.console import TrainingProgress, console, facts
+from jobs.console import TrainingProgress, console, duration, facts
 from jobs.storage import arrow_location, open_store
 from jobs.train_task import Task
 from jobs.train_worker import Job
 from segmodel.training import TrainingError
 
 RAY_FOLDER = "_ray"
-# A worker reserves less than the CPU it uses, so that the tasks that decode and augment find room on
-# a machine whose CPUs all have a worker.
-WORKER_CPUS = 0.5
 # Workers wait for the slowest one's share of an evaluation.
 TIMEOUT_S = 3600
 # glibc gives freed tensors back to the system and asks for them again: an fp32 step of 1.9 s took 1.6 s
@@ -39,8 +39,8 @@ WORKER_ENVIRONMENT = {
 def run(config: TrainConfig) -> int:
     """Train or go on, and make the bundle; return the exit code."""
     output = open_store(config.output, config.endpoint_url)
-    connect(config.address)
-    workers, gpus = _lay_out(config)
+    may_grow = connect(config.address)
+    workers, gpus = _lay_out(config, may_grow=may_grow)
     task = train_task.make(config, gpus=gpus, most_workers=workers[1])
     train_task.freeze(output, config, task)
     if output.info(write.SUCCESS) is not None:
@@ -59,7 +59,7 @@ def run(config: TrainConfig) -> int:
         eval_every=config.eval_every,
         checkpoint_every=config.checkpoint_every,
         threads=max(1, int(resources()[0] / workers[1])),
-        board=ray.remote(num_cpus=0)(Board).remote(),
+        board=_board(),
     )
     _fit(config, job, workers, gpus=gpus)
     path = checkpoints.last(output)
@@ -68,23 +68,35 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
-def _lay_out(config: TrainConfig) -> tuple[tuple[int, int], bool]:
+def _board() -> Any:
+    """Start the board where the driver is: on another node it could be lost without it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+
+
+def _lay_out(config: TrainConfig, *, may_grow: bool) -> tuple[tuple[int, int], bool]:
     """Return the fewest and most workers, and whether each has a GPU.
+
+    Args:
+        config: As it was asked for.
+        may_grow: Whether nodes may be added.
 
     Raises:
         ConfigError: They do not fit.
     """
     cpus, gpus = resources()
-    workers = config.worker_range or (max(1, int(gpus)),) * 2
-    room = int((cpus - feed.min_cpus(workers[0])) / WORKER_CPUS)
+    least, most = config.worker_range or (max(1, int(gpus)),) * 2
+    if may_grow:
+        return (least, most), gpus > 0
+    room = int((cpus - feed.min_cpus(least)) / feed.WORKER_CPUS)
     if gpus:
         room = min(room, int(gpus))
-    if workers[0] > room and not config.address:
+    if least > room:
         raise ConfigError(
-            f"{workers[0]} workers do not fit: this Ray has {cpus:g} CPUs and {gpus:g} GPUs, room for "
+            f"{least} workers do not fit: this Ray has {cpus:g} CPUs and {gpus:g} GPUs, room for "
             f"{room}. Lower --workers, or name a larger cluster by --address"
         )
-    return workers, gpus > 0
+    return (least, min(most, room)), gpus > 0
 
 
 def _fit(config: TrainConfig, job: Job, workers: tuple[int, int], *, gpus: bool) -> None:
@@ -101,7 +113,7 @@ def _fit(config: TrainConfig, job: Job, workers: tuple[int, int], *, gpus: bool)
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers[0] if workers[0] == workers[1] else workers,
             use_gpu=gpus,
-            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if gpus else {})},
+            resources_per_worker={"CPU": feed.WORKER_CPUS, **({"GPU": 1} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
             # Ray's own state, of no use to a later run: ours lies in checkpoints.
@@ -113,7 +125,10 @@ def _fit(config: TrainConfig, job: Job, workers: tuple[int, int], *, gpus: bool)
         ),
     )
     failed: Exception | None = None
-    with TrainingProgress(config.epochs) as progress, watched(job.board, progress.show):
+    with (
+        TrainingProgress(config.epochs) as progress,
+        watched(job.board, progress.show, partial(_say_what_it_waits_for, workers[0], gpus=gpus)),
+    ):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -127,6 +142,20 @@ def _fit(config: TrainConfig, job: Job, workers: tuple[int, int], *, gpus: bool)
         raise TrainingError(
             f"training stopped: {failed}. Run the same command again to go on from the last checkpoint."
         ) from failed
+
+
+def _say_what_it_waits_for(least: int, quiet_s: float, *, gpus: bool) -> None:
+    cpus_there, gpus_there = resources()
+    room = int(gpus_there if gpus else cpus_there / feed.WORKER_CPUS)
+    console.print(
+        f"Nothing from the workers for {duration(quiet_s)}: "
+        + (
+            f"the cluster has room for {room} of the {least} that are wanted at least, and training goes on "
+            "when nodes are added."
+            if room < least
+            else "they are being started, evaluate, or wait for data."
+        )
+    )
 
 
 def _show_plan(config: TrainConfig, task: Task, workers: tuple[int, int], at: str | None) -> None:

@@ -4,9 +4,11 @@ Everything it needs to go on lies in checkpoints in the output, so a worker, a n
 be lost at any time: what starts next goes on from the last one.
 """
 
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +19,9 @@ import torch.distributed as dist
 from ray import cloudpickle
 
 from jobs import checkpoints, feed, training_set
+from jobs.board import Entry
 from jobs.checkpoints import Checkpoint, Point
+from jobs.cluster import ClusterError
 from jobs.store import Store
 from jobs.training_set import TrainingSet
 from segmodel import masks, plots
@@ -34,9 +38,9 @@ from segmodel.training import Recipe, Trainer, TrainingError
 CURVES = "curves.png"
 # Points of the loss in a training's history, at most twice as many: what a plot can show.
 MOST_POINTS = 1000
-# Steps between two looks for a notice that a node will be taken away: all workers agree on the
-# answer, which takes them some milliseconds.
-PREEMPTION_STEPS = 10
+# Between two looks for a notice that a node will be taken away. Clouds give notice 30 to 120 s ahead, and
+# Ray Train asks for it every 5 s.
+LOOK_EVERY_S = 3.0
 DECODED_AHEAD = 2  # images for each decoding thread
 
 
@@ -79,8 +83,10 @@ def run(config: Mapping[str, Any]) -> None:
     try:
         _Training(job).go()
     except (ValueError, TrainingError) as error:
-        # What data or settings did would happen again.
-        ray.get(job.board.fail.remote(str(error)))
+        # What data or settings did would happen again. But where Ray Train has taken the process group
+        # away, since a node is lost or added, torch raises a ValueError, too.
+        if dist.is_initialized():
+            ray.get(job.board.fail.remote(str(error)))
         raise
 
 
@@ -100,6 +106,11 @@ class _Training:
         self.history: list[Point] = []
         self.best: Point | None = None
         self.saved_at: int | None = None
+        self.nodes = self._gathered(ray.get_runtime_context().get_node_id())
+        self.feed_reserves = True
+        self.look_at = 0.0
+        self.notice: ray.train.PreemptionInfo | None = None
+        self.save_again_at = math.inf
         self._go_on_from(self._agreed(checkpoints.last(job.output)))
         # Micro-batches in a step of all workers.
         self.stride = self.num_workers * job.recipe.accumulate
@@ -110,6 +121,7 @@ class _Training:
 
     def go(self) -> None:
         """Train, evaluate and save until nothing is left."""
+        self._post({"workers": self.num_workers, "step": self.trainer.steps})
         self.clock = time.monotonic()
         for samples in self._micro_batches():
             started = self.position
@@ -118,7 +130,7 @@ class _Training:
                 self._evaluate(self.job.val)
                 self._save()
                 self.clock = time.monotonic()
-            elif self.trainer.steps % self.job.checkpoint_every == 0 or self._will_be_preempted():
+            elif self.trainer.steps % self.job.checkpoint_every == 0:
                 self._save()
         if self.job.val is None:
             self._renew_statistics()
@@ -136,14 +148,86 @@ class _Training:
 
     def _micro_batches(self) -> Iterator[tuple[list[Sample], ...]]:
         """Yield what this worker trains on in each step."""
+        # A thread waits for the feed, so that this one can look for notices meanwhile.
+        thread = ThreadPoolExecutor(1)
+        try:
+            for steps in self._segments():
+                while samples := self._next(thread, steps):
+                    yield samples
+        finally:
+            # It may wait for what never comes, while this worker says that it failed.
+            thread.shutdown(wait=False)
+
+    def _segments(self) -> Iterator[Iterator[tuple[list[Sample], ...]]]:
+        """Yield parts of what is left, each a stream of this worker's micro-batches step by step."""
         recipe = self._feed_recipe()
         for span in feed.segments(self.order, self.position, self.stop, self.stride):
             shares = None
             if self.rank == 0:
-                shares = feed.split(self.job.train, self.order, recipe, span, self.num_workers)
+                self.feed_reserves = self._feed_has_room()
+                shares = feed.split(
+                    self.job.train,
+                    self.order,
+                    recipe,
+                    span,
+                    self.num_workers,
+                    reserve=self.feed_reserves,
+                )
             mine = self._agreed(shares)[self.rank]
             samples = (some for _, some in feed.batches(mine))
-            yield from zip(*[samples] * self.job.recipe.accumulate, strict=True)
+            yield zip(*[samples] * self.job.recipe.accumulate, strict=True)
+
+    def _next(
+        self, thread: ThreadPoolExecutor, steps: Iterator[tuple[list[Sample], ...]]
+    ) -> tuple[list[Sample], ...] | None:
+        """Return the micro-batches of the next step when all workers have theirs; None behind the last.
+
+        Who waits looks for notices, too: on a node that will be taken away Ray starts no tasks, so the
+        feed may end long before the node does.
+        """
+        coming: Future[tuple[list[Sample], ...] | None] = thread.submit(next, steps, None)
+        waits = False
+        while True:
+            wait([coming], LOOK_EVERY_S)
+            waits, looks, saves, starves = self._any(not coming.done(), *self._due(starving=waits))
+            if looks:
+                self._look_for_notice()
+            if saves:
+                self.save_again_at = math.inf
+                self._save_new()
+            if starves:
+                self._save_new()
+                raise ClusterError("lost nodes left no room for the tasks that feed the workers")
+            if not waits:
+                return coming.result()
+
+    def _due(self, *, starving: bool) -> tuple[bool, bool, bool]:
+        """Say whether to look for a notice, to save since a node goes soon, and to start anew.
+
+        Rank 0 decides, since clocks differ.
+        """
+        if self.rank:
+            return False, False, False
+        starves = starving and self.feed_reserves and not self._feed_has_room()
+        return time.monotonic() >= self.look_at, time.time() >= self.save_again_at, starves
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether a worker has it."""
+        if self.num_workers == 1:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int32, device=self.trainer.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
+
+    def _feed_has_room(self) -> bool:
+        cpus = {
+            node["NodeID"]: node["Resources"].get("CPU", 0.0)
+            for node in ray.nodes()
+            if node["Alive"]
+        }
+        reserved = Counter(self.nodes)
+        free = (number - feed.WORKER_CPUS * reserved[node] for node, number in cpus.items())
+        return feed.has_room(free, self.num_workers)
 
     def _feed_recipe(self) -> feed.Recipe:
         return feed.Recipe(
@@ -158,11 +242,20 @@ class _Training:
         dist.broadcast_object_list(box)
         return cloudpickle.loads(box[0])
 
+    def _gathered(self, value: Any) -> list[Any]:
+        """Return what each worker has."""
+        found: list[Any] = [None] * self.num_workers
+        dist.all_gather_object(found, value)
+        return found
+
+    def _post(self, entry: Entry) -> None:
+        """Let the driver show something."""
+        if self.rank == 0:
+            self.job.board.post.remote(entry)
+
     def _step(self, samples: tuple[list[Sample], ...]) -> None:
         found = self.trainer.step(samples, self._epoch())
         self.position += self.stride
-        if self.rank:
-            return
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         point = {
             "step": self.trainer.steps,
@@ -172,7 +265,7 @@ class _Training:
         }
         if self.trainer.steps % self.log_every == 0:
             self.history.append(point)
-        self.job.board.post.remote({**point, "share": self.position / self.stop})
+        self._post({**point, "share": self.position / self.stop})
 
     def _epoch(self) -> float:
         """Return the epochs done so far, with their fraction."""
@@ -190,19 +283,16 @@ class _Training:
         """Evaluate the weights as they are now, each worker a part of the set."""
         self._renew_statistics()
         bundle = replace(self.bundle, weights=self.trainer.weights(), digest="")
-        parts: list[Any] = [None] * self.num_workers
-        dist.all_gather_object(parts, self._matches(val, bundle))
-        matches: CocoMatches = parts[0]
-        for part in parts[1:]:
-            matches.merge(part)
+        matches, *others = self._gathered(self._matches(val, bundle))
+        for other in others:
+            matches.merge(other)
         found = matches.summary()
         point = {"step": self.trainer.steps, "epoch": round(self._epoch(), 4), **_scores(found)}
         self.history.append(point)
         score = "mask_AP" if found.mask is not None else "box_AP"
         if self.best is None or point[score] > self.best[score]:
             self.best = point
-        if self.rank == 0:
-            self.job.board.post.remote(point)
+        self._post(point)
 
     def _renew_statistics(self) -> None:
         job = self.job
@@ -239,10 +329,24 @@ class _Training:
             matches.add(truth, {**truth, "detections": rows})
         return matches
 
-    def _will_be_preempted(self) -> bool:
-        if self.trainer.steps % PREEMPTION_STEPS:
-            return False
-        return ray.train.get_preemption_info() is not None
+    def _look_for_notice(self) -> None:
+        """Save when a node will be taken away, and once more shortly before that."""
+        self.look_at = time.monotonic() + LOOK_EVERY_S
+        notice = ray.train.get_preemption_info()
+        if notice is None or notice == self.notice or not self.trainer.steps:
+            return
+        self.notice = notice
+        started = time.time()
+        self._save_new()
+        self._post({"step": self.trainer.steps, "notice": True})
+        if notice.deadline_ms is not None:
+            took = time.time() - started
+            self.save_again_at = notice.deadline_ms / 1000 - 2 * took - LOOK_EVERY_S
+
+    def _save_new(self) -> None:
+        """Save, unless there is nothing new."""
+        if self.trainer.steps and self.saved_at != self.trainer.steps:
+            self._save()
 
     def _save(self) -> None:
         """Write a checkpoint, and the curves so far."""
@@ -261,7 +365,7 @@ class _Training:
         )
         checkpoints.save(self.job.output, checkpoint)
         self.job.output.put(CURVES, plots.curves(self.history))
-        self.job.board.post.remote({"step": self.trainer.steps, "saved": True})
+        self._post({"step": self.trainer.steps, "saved": True})
 
 
 def _scores(found: Evaluation) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs import documents
 from jobs.chunks import SHARDS_FOLDER
 from jobs.detect import InputError
 from jobs.storage import open_store
@@ -174,7 +175,7 @@ _ADVICE = "`segjobs pack --images URI --annotations COCO.json --output URI` make
 
 def _categories(store: Store) -> list[tuple[int, str]]:
     try:
-        manifest = json.loads(store.read(MANIFEST))
+        manifest = documents.read(store, MANIFEST, made_by_us=False)
     except FileNotFoundError:
         raise InputError(
             f"{store.uri} has no {MANIFEST}: it is no packed set, or its packing was not finished"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jobs import documents, retries
 from jobs.chunks import PREDICTIONS_FOLDER, output_path
-from jobs.store import ObjectInfo, Store
+from jobs.store import DamagedError, ObjectInfo, StorageError, Store
 from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
 MANIFEST, SUCCESS = "_manifest.json", "_SUCCESS"
 # Footers are small: the wait for each is its cost.
 FOOTER_THREADS = 64
 FOOTER_WINDOW = 64 * 2**10
+CHECKSUM = "crc32"
+# What pyarrow raises for a file that is damaged.
+_PARQUET_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 # Training reads ranges of rows in a shuffled order, and a row group is the least that can be read.
 TRAINING_ROWS_PER_GROUP = 32
 
@@ -88,14 +93,15 @@ def put_chunk(
     assert table.schema.equals(TRAINING if "image" in table.schema.names else PREDICTIONS)
     counts = count(table)
     facts = {
-        **(table.schema.metadata or {}),
-        "segjobs.schema_version": SCHEMA_VERSION,
-        "segjobs.counts": json.dumps(asdict(counts), sort_keys=True),
-        **{f"segjobs.{name}": value for name, value in footer.items()},
+        "schema_version": SCHEMA_VERSION,
+        "counts": json.dumps(asdict(counts), sort_keys=True),
+        **footer,
     }
+    facts[CHECKSUM] = _checksum(facts)
+    metadata = {f"segjobs.{name}": value for name, value in facts.items()}
     sink = io.BytesIO()
     pq.write_table(
-        table.replace_schema_metadata(facts),
+        table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata}),
         sink,
         row_group_size=rows_per_group,
         compression="zstd",
@@ -118,9 +124,24 @@ def replace_rows(
 
 
 def read_chunk(output: Store, chunk_id: str, columns: list[str] | None = None) -> pa.Table:
-    """Return a finished chunk's rows, with page checksums verified."""
-    data = io.BytesIO(output.read(output_path(chunk_id)))
-    return pq.read_table(data, columns=columns, page_checksum_verification=True)
+    """Return a finished chunk's rows, with page checksums verified.
+
+    Raises:
+        DamagedError: They are not what was written.
+    """
+    path = output_path(chunk_id)
+    data = io.BytesIO(output.read(path))
+    try:
+        file = pq.ParquetFile(data, page_checksum_verification=True)
+        _facts(file.metadata)
+        table = file.read(columns=columns)
+        wanted = [field for field in PREDICTIONS if columns is None or field.name in columns]
+        if not table.schema.equals(pa.schema(wanted)):
+            # A footer has no checksum, and a bit of it may rename or retype what the pages hold.
+            raise pa.ArrowInvalid("its columns are not those that were written")
+    except _PARQUET_DAMAGE as error:
+        raise _damaged(output, path, error) from error
+    return table
 
 
 def read_counts(
@@ -131,27 +152,74 @@ def read_counts(
     return {name: Counts(**json.loads(facts["counts"])) for name, facts in footers.items()}
 
 
+def final_counts(output: Store) -> Counts:
+    """Return the counts of a finished job, from its manifest."""
+    counts = documents.read(output, MANIFEST)["counts"]
+    return Counts(**{name: counts[name] for name in ("images", "detections", "errors")})
+
+
 def read_footers(
     output: Store, chunk_ids: Iterable[str], folder: str = PREDICTIONS_FOLDER
 ) -> dict[str, dict[str, str]]:
-    """Return the facts that stand in the footers of finished chunks: `counts`, and what was added."""
+    """Return the facts that stand in the footers of finished chunks: `counts`, and what was added.
+
+    Raises:
+        IncompleteError: A chunk is gone.
+        DamagedError: A footer is not what was written.
+    """
 
     def facts(chunk_id: str) -> tuple[str, dict[str, str]]:
         path = output_path(chunk_id, folder)
-        info = output.info(path)
-        if info is None:
-            raise IncompleteError(f"{output.url(path)} is gone: run the same command again")
-        footer = pq.read_metadata(output.open(ObjectInfo(path, info.size, ""), FOOTER_WINDOW))
-        found = {
-            name.decode().removeprefix("segjobs."): value.decode()
-            for name, value in footer.metadata.items()
-            if name.startswith(b"segjobs.")
-        }
-        assert json.loads(found["counts"])["images"] == footer.num_rows
-        return chunk_id, found
+        try:
+            return chunk_id, _footer(output, path)
+        except _PARQUET_DAMAGE as error:
+            if isinstance(error, StorageError | FileNotFoundError):
+                raise
+        # Pages have checksums, footers have none on their way: the second look is the true one.
+        retries.note("checksum")
+        try:
+            return chunk_id, _footer(output, path)
+        except _PARQUET_DAMAGE as error:
+            if isinstance(error, StorageError | FileNotFoundError):
+                raise
+            raise _damaged(output, path, error) from error
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         return dict(pool.map(facts, chunk_ids))
+
+
+def _footer(output: Store, path: str) -> dict[str, str]:
+    info = output.info(path)
+    if info is None:
+        raise IncompleteError(f"{output.url(path)} is gone: run the same command again")
+    return _facts(pq.read_metadata(output.open(ObjectInfo(path, info.size, ""), FOOTER_WINDOW)))
+
+
+def _facts(footer: pq.FileMetaData) -> dict[str, str]:
+    found = {
+        name.decode().removeprefix("segjobs."): value.decode()
+        for name, value in (footer.metadata or {}).items()
+        if name.startswith(b"segjobs.")
+    }
+    if found.pop(CHECKSUM, "") != _checksum(found):
+        raise pa.ArrowInvalid("its footer does not have the checksum that stands in it")
+    if json.loads(found["counts"])["images"] != footer.num_rows:
+        raise pa.ArrowInvalid(
+            f"its footer counts {found['counts']}, and it has {footer.num_rows} rows"
+        )
+    return found
+
+
+def _checksum(facts: Mapping[str, str]) -> str:
+    """Return the CRC-32 of the facts in a footer: Parquet has checksums of pages, none of footers."""
+    return f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"
+
+
+def _damaged(output: Store, path: str, error: Exception) -> StorageError:
+    return DamagedError(
+        f"{output.url(path)} was damaged in the store ({error}): delete it, and run the same command "
+        "again to make it anew"
+    )
 
 
 def failed_positions(output: Store, chunk_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -190,6 +258,5 @@ def finish(output: Store, planned: Mapping[str, int], found: Mapping[str, Counts
 
 def put_marks(output: Store, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, then the success mark."""
-    data = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
-    output.put(MANIFEST, data)
+    output.put(MANIFEST, documents.dump(manifest))
     output.put(SUCCESS, b"")

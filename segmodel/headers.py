@@ -7,6 +7,7 @@ silenced for one thread alone. A reader lets `struct.error` and `IndexError` esc
 ends too early.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal
 # empty           no bytes at all
 # unknown_format  not one of the six formats below, whatever its name says
 # unsupported     one of them, in a variant with no decoder here or no agreed rendering in 8 bits
-# too_large       more pixels than allowed, or more memory than there is
+# too_large       more pixels or scans than allowed, or more memory than there is
 # truncated       the file ends before the picture does
 # corrupt         the file contradicts itself or its format
 Kind = Literal["empty", "unknown_format", "unsupported", "too_large", "truncated", "corrupt"]
@@ -92,8 +93,17 @@ def exif_orientation(exif: bytes) -> int:
 _JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 _JPEG_OTHER_FRAMES = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
 _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xDA)})  # markers without a length
+_JPEG_TABLES = frozenset({0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD})
+# Each scan of a progressive JPEG walks the whole picture, and 14 bytes are enough for one: a few
+# kilobytes may ask for hours. Cameras and encoders write up to about 20, libtiff decodes up to 100,
+# libjpeg-turbo advises to stop at 500. At the limit of pixels, 100 take 7 to 10 s of a core instead
+# of the 1.7 s of the usual ten (Zen 5, 48 MB of scans or 1 MB).
+MAX_JPEG_SCANS = 100
+# Within the data of a scan, 0xFF is followed by zero or is a restart mark.
+_JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # Metadata are APPn and comments, but JFIF (APP0) and Adobe (APP14) say how the colours are stored.
 _JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
+_JPEG_SEGMENTS = _JPEG_FRAMES | _JPEG_OTHER_FRAMES | _JPEG_TABLES | _JPEG_METADATA | {0xE0, 0xEE}
 
 
 def jpeg(data: bytes) -> Header:
@@ -109,11 +119,29 @@ def jpeg(data: bytes) -> Header:
         if marker in _JPEG_FRAMES and size_hw is None:
             height, width = struct.unpack_from(">HH", data, start + 5)
             size_hw = (height, width)
+        if marker == 0xDA and _too_many_scans(data, start):
+            raise ImageError("too_large", f"a JPEG of more than {MAX_JPEG_SCANS} scans")
         if marker not in _JPEG_METADATA:
             kept.append(view[start:end])
     if size_hw is None:
         raise ImageError("corrupt", "a JPEG scan without a frame")
     return Header(format="jpeg", size_hw=size_hw, orientation=orientation or 1, data=b"".join(kept))
+
+
+def _too_many_scans(data: bytes, position: int) -> bool:
+    """Count the scans from the first one to the picture's end; what is behind that is not decoded."""
+    if data.count(b"\xff\xda", position) <= MAX_JPEG_SCANS:
+        return False
+    num_scans = 0
+    while num_scans <= MAX_JPEG_SCANS:
+        found = _JPEG_SCAN_END.search(data, position)
+        if found is None or found[0] == b"\xff\xd9":
+            return False
+        num_scans += found[0] == b"\xff\xda"
+        position = found.end()
+        if found[0][1] not in _JPEG_BARE:
+            position += int.from_bytes(data[position : position + 2])
+    return True
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -131,8 +159,12 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             return
         elif marker in _JPEG_BARE:
             position += 2
+        elif marker not in _JPEG_SEGMENTS:
+            # libjpeg stops here; Pillow would look for metadata within the segment.
+            raise ImageError("corrupt", f"a JPEG with a segment of the unknown kind {marker:#x}")
         else:
-            (length,) = struct.unpack_from(">H", data, position + 2)
+            # Of less than the two bytes of the length itself: Pillow and libjpeg go on behind those.
+            length = max(2, *struct.unpack_from(">H", data, position + 2))
             if position + 2 + length > len(data):
                 raise ImageError("truncated", "the file ends inside its header")
             yield marker, position, position + 2 + length
@@ -219,8 +251,9 @@ def gif(data: bytes) -> Header:
             while data[position]:
                 position += 1 + data[position]
             position += 1
-            if data[start + 1] == 0xF9:
-                control = data[start:position]
+            # Of another length, Pillow would read on elsewhere than the loop here.
+            if data[start + 1 : start + 3] == b"\xf9\x04":
+                control = data[start : start + 7] + b"\0"
     left, top, width, height = struct.unpack_from("<HHHH", data, position + 1)
     size_hw = (max(screen_h, top + height), max(screen_w, left + width))
     return Header(format="gif", size_hw=size_hw, data=data[:screen_end] + control + data[position:])

@@ -23,12 +23,24 @@ from PIL.WebPImagePlugin import WebPImageFile
 from segmodel import headers, tiff
 from segmodel.headers import Format, Header, ImageError, Kind
 
-__all__ = ["MAX_PIXELS", "ImageError", "Kind", "decode", "probe"]
+__all__ = ["MAX_PIXELS", "PEAK_BYTES_PER_PIXEL", "ImageError", "Kind", "decode", "probe"]
 
 # 89 megapixels, what Pillow opens without a warning: whatever others read quietly is read here too.
-# Measured peaks of decoding, result included: 10 bytes a pixel for JPEG and BMP, 14 for TIFF and
-# PNG with alpha, 21 for WebP. At this limit that is 0.9, 1.2 and 1.8 GiB for each decoding thread.
 MAX_PIXELS = 1024**3 // 4 // 3
+
+# The most memory that decoding takes at once for each pixel, result included, besides the file
+# itself and one copy of it. Measured over the variants of each format, at 6 megapixels: JPEG and
+# TIFF 10.4, 12.3 as CMYK with the coefficients of a progressive one or with alpha; PNG 10.5, 12.1
+# with alpha; WebP 18.3, animated with alpha 20.2; BMP and GIF 10.3. At `MAX_PIXELS` that is 0.9 to
+# 1.1 GiB for each decoding thread, and 1.8 GiB for WebP.
+PEAK_BYTES_PER_PIXEL: Mapping[Format, int] = {
+    "jpeg": 13,
+    "png": 13,
+    "webp": 21,
+    "tiff": 13,
+    "bmp": 11,
+    "gif": 11,
+}
 
 _READERS: tuple[tuple[bytes, Callable[[bytes], Header]], ...] = (
     (b"\xff\xd8\xff", headers.jpeg),
@@ -55,8 +67,12 @@ _PLUGINS: Mapping[Format, type[ImageFile]] = {
 
 # What Pillow raises for bad bytes: OSError and SyntaxError by intent; ValueError for sizes, offsets
 # and palettes that do not fit; of a TIFF, TypeError for a stride that is no whole number and
-# OverflowError for an offset of 64 bits.
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, OverflowError)
+# OverflowError for an offset of 64 bits; DecompressionBombError where it reads another size than the
+# readers of headers did.
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, OverflowError),
+    Image.DecompressionBombError,
+)
 
 # How to bring a picture upright, by EXIF orientation (CIPA DC-008, tag 0x0112).
 _UPRIGHT = {
@@ -72,6 +88,10 @@ _UPRIGHT = {
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Decode an image file.
+
+    Memory: at most `PEAK_BYTES_PER_PIXEL` (13 for JPEG, PNG and TIFF, 21 for WebP, 11 for BMP and
+    GIF) times `max_pixels`, and a copy of the file. Time grows with pixels and bytes; a JPEG may
+    have `headers.MAX_JPEG_SCANS` scans.
 
     Args:
         data: The whole file.

@@ -1,7 +1,7 @@
 """Images to boxes, scores and small mask probabilities. Full-size masks are made nowhere here."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,8 @@ class Predictor:
         self.settings = bundle.settings
         self.autocast_dtype = _AUTOCAST[precision]
         self._lock = threading.Lock()
+        # Images of a padded size that fit the device together, where they are fewer than a batch.
+        self._fitting: dict[tuple[int, int], int] = {}
 
         # The random weights, which are replaced at once, are not to disturb the caller's generator.
         with torch.random.fork_rng(devices=[]):
@@ -108,31 +110,70 @@ class Predictor:
 
         Raises:
             ValueError: An image is none.
+            torch.OutOfMemoryError: An image alone does not fit the device.
         """
         found = dict(self.stream(enumerate(images)))
         return [found[index] for index in range(len(images))]
 
-    def stream(self, images: Iterable[tuple[int, Image]]) -> Iterator[tuple[int, Detections]]:
+    def stream(
+        self,
+        images: Iterable[tuple[int, Image]],
+        refuse: Callable[[int, str], None] | None = None,
+    ) -> Iterator[tuple[int, Detections]]:
         """Segment numbered images as they come, holding only a few batches of them.
+
+        Where the device has no memory for a batch, its half is tried, and batches of that shape stay
+        at the size that fits.
 
         Args:
             images: Number and image, taken only as fast as the network goes.
+            refuse: Called with number and reason, `memory: ...`, for an image that does not even fit
+                alone.
 
         Yields:
             Number and detections, in the order in which batches fill.
 
         Raises:
             ValueError: An image is none.
+            torch.OutOfMemoryError: An image alone does not fit, and there is no `refuse`.
         """
         look_ahead = self.batch_size * LOOK_AHEAD_BATCHES if self.batch_size > 1 else 1
         for group in batches(
             images, lambda item: self._padded_size(item[1]), self.batch_size, look_ahead
         ):
-            yield from zip(
-                (number for number, _ in group),
-                self._predict_batch([image for _, image in group]),
-                strict=True,
-            )
+            yield from self._predict_group(group, refuse)
+
+    def _predict_group(
+        self, group: list[tuple[int, Image]], refuse: Callable[[int, str], None] | None
+    ) -> Iterator[tuple[int, Detections]]:
+        """Segment images of one padded size, as many at a time as fit the device."""
+        size = self._padded_size(group[0][1])
+        start = 0
+        while start < len(group):
+            part = group[start : start + self._fitting.get(size, self.batch_size)]
+            found = self._try_batch([image for _, image in part])
+            if found is None and len(part) > 1:
+                self._fitting[size] = len(part) // 2
+                continue
+            start += len(part)
+            if found is not None:
+                yield from zip((number for number, _ in part), found, strict=True)
+                continue
+            number, image = part[0]
+            why = "memory: {} x {} pixels do not fit the device".format(*image.shape[:2])
+            if refuse is None:
+                raise torch.OutOfMemoryError(why)
+            refuse(number, why)
+
+    def _try_batch(self, images: list[Image]) -> list[Detections] | None:
+        """Run the network; return None where the device has no memory for it."""
+        try:
+            return self._predict_batch(images)
+        except torch.OutOfMemoryError:
+            pass
+        # Only here is the traceback gone that held the batch.
+        torch.cuda.empty_cache()
+        return None
 
     def _padded_size(self, image: Image) -> tuple[int, int]:
         _check(image)

@@ -1,11 +1,11 @@
 """`make bench`: measure, append the rows to `results.csv` and print them. Name parts to run only those.
 
-python -m tests.bench [masks] [cost] [memory] [training]
+python -m tests.bench [masks] [cost] [memory] [training] [gpu]
 """
 
 import sys
 
-from tests.bench import bench_job, bench_masks, bench_train, results
+from tests.bench import bench_gpu, bench_job, bench_masks, bench_train, results
 
 
 def _masks() -> None:
@@ -29,6 +29,7 @@ PARTS = {
     "cost": bench_job.cost,
     "memory": bench_job.memory,
     "training": bench_train.training,
+    "gpu": bench_gpu.gpu,
 }
 
 if __name__ == "__main__":

@@ -2,8 +2,16 @@
 
 import pytest
 import ray
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
 
-from jobs.cluster import connect, plain_errors, resources
+from jobs.cluster import ClusterError, connect, plain_errors, reason, resources
 from jobs.config import ConfigError, PredictConfig
 from jobs.predict import _lay_out
 from jobs.store import StorageError
@@ -82,3 +90,41 @@ def test_actors_that_do_not_fit_are_refused_unless_the_cluster_may_grow(ray_loca
         _lay_out(config(initial_actors=3, max_actors=2), may_grow=False)
     with pytest.raises(ConfigError, match="room for 3"):
         _lay_out(config(min_actors=4), may_grow=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OutOfMemoryError("Task was killed due to the node running low on memory."),
+            "out of memory",
+        ),
+        (
+            RayActorError(error_msg="killed due to the node running low on memory. Details"),
+            "out of memory",
+        ),
+        (NodeDiedError("The node is gone"), "its node was lost"),
+        (RayActorError(error_msg="The actor died because its node has died."), "its node was lost"),
+        (RayActorError(error_msg="Worker exits with error code 2 (OOM killer, SIGSEGV)"), "died"),
+        (WorkerCrashedError(), "the process died"),
+        (OutOfDiskError(), "the disk of a node is full"),
+    ],
+)
+def test_what_ray_lost_in_few_words(error: RayError, words: str) -> None:
+    assert words in reason(error)
+    assert "\n" not in reason(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OutOfDiskError(),
+            "the disk of a node is full where Ray puts what does not fit its memory",
+        ),
+        (RayActorError(error_msg="The actor died"), "the process died. Run the same command again"),
+    ],
+)
+def test_what_ray_lost_is_an_error_of_the_cluster(error: RayError, words: str) -> None:
+    with pytest.raises(ClusterError, match=words), plain_errors():
+        raise error

@@ -266,6 +266,14 @@ def test_what_is_out_of_range_is_refused_with_its_flag(
         class_(**{**needed(class_), **values})
 
 
+@pytest.mark.parametrize("url", ["http://me:hunter2@host", "https://h/b?X-Amz-Signature=hunter2"])
+def test_credentials_in_the_endpoint_are_refused_unseen(url: str) -> None:
+    arguments = ["--input", "a", "--output", "b", "--model", "c", "--endpoint-url", url]
+    with pytest.raises(ConfigError, match="--endpoint-url holds a password") as caught:
+        parsed(PredictConfig, arguments)
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "values",
     [

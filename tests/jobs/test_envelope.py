@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.envelope import ENVELOPE, Envelope, seal, unseal
+from jobs.encode import encode_and_write, receipts
+from jobs.envelope import ENVELOPE, Envelope, chunk_id_of, failed, seal, unseal
+from jobs.storage import open_store
+from jobs.store import StorageError
 
 TABLE = pa.table({"key": ["a", "b"], "data": pa.array([bytes(5000), None], pa.large_binary())})
 
@@ -14,6 +19,7 @@ def test_round_trip() -> None:
             chunk_id="00000007",
             positions=(0, 5),
             seconds={"read": 0.5, "predict": 2.0},
+            retries={"503": 3},
             table=TABLE,
         )
     )
@@ -22,6 +28,7 @@ def test_round_trip() -> None:
     opened = unseal(sealed)
     assert (opened.chunk_id, opened.positions) == ("00000007", (0, 5))
     assert opened.seconds == {"read": 0.5, "predict": 2.0}
+    assert opened.retries == {"503": 3}
     assert opened.table.equals(TABLE)
 
 
@@ -75,3 +82,39 @@ def test_one_chunk_at_a_time(num_chunks: int) -> None:
     block = pa.concat_tables([seal(Envelope(chunk_id="1", table=TABLE))] * 2).slice(0, num_chunks)
     with pytest.raises(AssertionError, match=f"a block of {num_chunks} chunks"):
         unseal(block)
+
+
+class AwkwardError(Exception):
+    """One that pickle takes apart and cannot put together."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+@pytest.mark.parametrize(
+    ("error", "class_", "message"),
+    [
+        (StorageError("s3://b/x is gone"), StorageError, "s3://b/x is gone"),
+        (KeyError("label"), KeyError, "'label'"),
+        (AwkwardError("two", "words"), RuntimeError, "AwkwardError: two words"),
+    ],
+)
+def test_what_goes_wrong_travels_to_the_driver(
+    error: Exception, class_: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)) as caught:
+        raise error
+    block = failed("00000007", caught.value)
+    assert block.schema == ENVELOPE
+    assert chunk_id_of(block) == "00000007"
+    # The next stages hand it on.
+    with pytest.raises(class_):
+        unseal(block)
+    receipt = encode_and_write(block, open_store(str(tmp_path)), {}, {})
+    assert receipt["chunk_id"].to_pylist() == ["00000007"]
+    with pytest.raises(class_) as found:
+        list(receipts(receipt))
+    assert str(found.value) == message
+    if class_ is not RuntimeError:
+        assert any("raise error" in note for note in found.value.__notes__)
+    assert list(tmp_path.iterdir()) == []

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from jobs import feed, training_set
 from jobs.envelope import unseal
@@ -197,8 +199,52 @@ def test_windows_are_bounded_in_rows_and_bytes(packed: TrainingSet) -> None:
     assert window_chunks(10_000, 10**9) == 1
 
 
+@pytest.mark.ray
+def test_a_feed_without_room_gets_on_without_reservations(
+    ray_local: None, packed: TrainingSet
+) -> None:
+    order = make_order(packed)
+    stop = order.start(1) // 2 * 2
+    with every_cpu_taken():
+        shares = feed.split(packed, order, recipe(), (0, stop), 2, reserve=False)
+        found = in_threads(shares)
+    assert [[n for n, _ in batches] for batches in found] == [
+        list(range(0, stop, 2)),
+        list(range(1, stop, 2)),
+    ]
+
+
+@contextmanager
+def every_cpu_taken() -> Iterator[None]:
+    group = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    assert group.wait(60)
+    yield
+    remove_placement_group(group)
+
+
+@pytest.mark.parametrize(
+    ("free_cpus", "num_workers", "has_room"),
+    [
+        ([1.0], 2, True),
+        ([0.5], 1, False),
+        ([0.0, 0.0], 1, False),
+        # Two readers on different nodes would leave a quarter on each.
+        ([0.5, 0.5], 6, False),
+        ([0.5, 0.5], 2, False),
+        ([0.5, 0.5, 0.5], 2, True),
+        ([0.25] * 8, 2, False),
+        ([15.5] * 4, 32, True),
+    ],
+)
+def test_room_is_there_wherever_readers_are_placed(
+    free_cpus: list[float], num_workers: int, has_room: bool
+) -> None:
+    assert feed.has_room(free_cpus, num_workers) is has_room
+
+
 def test_two_workers_of_half_a_cpu_and_their_feed_fit_on_two() -> None:
-    assert 2 * 0.5 + feed.min_cpus(2) <= 2
+    assert 2 * feed.WORKER_CPUS + feed.min_cpus(2) <= 2
+    assert feed.has_room([2 - 2 * feed.WORKER_CPUS], 2)
     assert feed.min_cpus(8) == 1.5
 
 

@@ -123,6 +123,40 @@ def wait_for_actors(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
         time.sleep(0.02)
 
 
+def at_work_on(process: "subprocess.Popen[bytes]", name: str) -> psutil.Process:
+    """Wait until a task of that name is at work, by the title that Ray gives its process."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        assert process.poll() is None, f"the job was done before {name} could be killed"
+        assert time.monotonic() < deadline
+        for found in psutil.process_iter(["cmdline"]):
+            if name in " ".join(found.info["cmdline"] or []):
+                return found
+        time.sleep(0.005)
+
+
+def test_ctrl_c_stops_and_readers_and_writers_killed_cost_nothing(
+    undisturbed: list[dict[str, Any]], photos: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = start(photos, output, tiny_bundle)
+    wait_for_chunks(process, output, 3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_S) == 130
+    said = " ".join(output.with_suffix(".log").read_text().split())
+    done = finished(output)
+    assert 0 < done < IMAGES / CHUNK_SIZE
+    assert f"Stopped: {CHUNK_SIZE * done} of {IMAGES} images are done. Run the same command" in said
+    assert "Traceback" not in said
+    assert not (output / "_SUCCESS").exists()
+
+    process = start(photos, output, tiny_bundle)
+    for name in ("ReadChunks", "MapBatches(encode_and_write)", "ReadChunks"):
+        at_work_on(process, name).kill()
+    wait(process, output)
+    assert rows_of(output) == undisturbed
+
+
 def test_an_actor_killed_at_work_costs_nothing(
     undisturbed: list[dict[str, Any]], photos: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

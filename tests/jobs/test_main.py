@@ -113,7 +113,12 @@ def test_a_verb_gets_its_configuration(
         ),
         (RuntimeError("rows are missing"), 1, "segjobs status: rows are missing"),
         (ConfigError("--output lies within --input"), 2, "segjobs status: --output lies within"),
-        (KeyboardInterrupt(), 1, "Stopped. Run the same command again to go on."),
+        (KeyboardInterrupt(), 130, "Stopped. Run the same command again to go on."),
+        (
+            KeyboardInterrupt("5 of 9 images are done"),
+            130,
+            "Stopped: 5 of 9 images are done. Run the same command again to go on.",
+        ),
     ],
 )
 def test_how_a_verb_ends(

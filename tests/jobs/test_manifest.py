@@ -105,6 +105,15 @@ def test_repeats_are_refused_with_their_rows(store: Store) -> None:
         uris(store, "a.csv", b"uri\na\nb\na\nc\nc\n"[:12] + b"c\n")
 
 
+@pytest.mark.parametrize(
+    "uri", ["https://h/a.jpg?X-Amz-Credential=x&X-Amz-Signature=hunter2", "s3://me:hunter2@b/a.jpg"]
+)
+def test_credentials_in_a_uri_are_refused_unseen(store: Store, uri: str) -> None:
+    with pytest.raises(InputError, match=r"row 1 of .* has a password or a signature") as caught:
+        uris(store, "a.csv", f"uri\na.jpg\n{uri}\n".encode())
+    assert "hunter2" not in str(caught.value)
+
+
 def test_two_names_of_one_image_are_a_repeat(store: Store) -> None:
     data = f"uri\na.jpg\n{store.uri}/a.jpg\n".encode()
     with pytest.raises(InputError, match=r"1 images more than once \(rows \[0, 1\]"):

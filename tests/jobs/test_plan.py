@@ -146,6 +146,7 @@ def test_shards_are_indexed_in_order(
 ) -> None:
     monkeypatch.setattr(plan, "SHARDS_PER_TASK", 2)
     monkeypatch.setattr(plan, "TASKS_UNDER_WAY", 3)
+    monkeypatch.setattr(plan, "RESULTS_PER_TABLE", 4)
     keys = put_shards(source, 11, make_tar)
     made = make(source, output)
     assert made.chunks["shard"].to_pylist() == [f"{n:03d}.tar" for n in range(11) for _ in "12"]
@@ -198,6 +199,28 @@ def test_a_plan_of_parquet_shards(ray_local: None, source: Store, local: Store) 
     rows = [read_chunk(chunk, where) for chunk in chunks.from_table(made.chunks)]
     assert pa.concat_tables(rows)["data"].to_pylist() == [b"1", b"2", b"3", b"4"]
     assert pa.concat_tables(rows)["key"].to_pylist() == ["p", "q", "p#2", "r"]
+
+
+@pytest.mark.ray
+def test_shards_that_share_image_ids_are_refused(
+    ray_local: None, source: Store, local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SHARDS_PER_TASK", 1)
+    monkeypatch.setattr(plan, "RESULTS_PER_TABLE", 2)
+    for name, ids in (("a", "pq"), ("b", "rst"), ("c", "u"), ("d", "qtv"), ("e", "q")):
+        columns = {"image_id": list(ids), "shard": ["s"] * len(ids), "key": list(ids)}
+        source.put(f"{name}.parquet", parquet(image=[b"1"] * len(ids), **columns))
+    with pytest.raises(PlanError) as caught:
+        make(source, local)
+    assert str(caught.value) == (
+        f"2 image ids are in more than one shard of {source.uri}: take away the shards that are there "
+        "twice, or rename their column image_id"
+    )
+    # What a limit leaves out is not looked at.
+    assert make(source, local, cut(limit=6)).num_images == 6
+    for name in "de":
+        source.delete(f"{name}.parquet")
+    assert keys_of(make(source, local), source, local) == list("pqrstu")
 
 
 @pytest.mark.ray
@@ -324,6 +347,19 @@ def test_a_damaged_plan_is_noticed(source: Store, local: Store) -> None:
     local.put(path, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     with pytest.raises(OSError, match="CRC checksum verification failed"):
         plan.load(local)
+
+
+def test_what_is_left(source: Store, local: Store) -> None:
+    put_images(source, 7)
+    made = make(source, local)
+    assert plan.sizes(made) == {"00000000": 2, "00000001": 2, "00000002": 2, "00000003": 1}
+    every = list(chunks.from_table(made.chunks))
+    assert list(plan.left(made, [])) == every
+    # One of them is of no plan, as another job would leave it.
+    assert (
+        list(plan.left(made, {"00000002": 1.0, "00000000": 2.0, "77": 3.0}.keys())) == every[1::2]
+    )
+    assert list(plan.left(made, plan.sizes(made))) == []
 
 
 # --- the ledger -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import index, plan, read
-from jobs.chunks import Chunk
+from jobs.chunks import Chunk, from_table
 from jobs.detect import look
 from jobs.read import IMAGES, Source, read_chunk, read_names
 from jobs.storage import ArrowStore, open_store
@@ -382,9 +382,9 @@ def test_a_limit_cuts_a_parquet_chunk_short(store: Store) -> None:
 def planned(store: Store, output: Store, endpoint: str | None, chunk_size: int) -> list[Chunk]:
     """The chunks of the loose images at `store`, and their list in `output`."""
     found = look(store.uri, "images", endpoint)
-    return plan._list_images(
-        found.objects, "_plan/x/list-00000.parquet", cut(chunk_size), "", output
-    )
+    list_path = "_plan/x/list-00000.parquet"
+    indexed = plan._list_images(found.objects, list_path, cut(chunk_size), "", output)
+    return list(from_table(indexed.chunks))
 
 
 def cut(chunk_size: int) -> plan.Cut:
@@ -464,7 +464,8 @@ def test_images_of_a_manifest(store: Store, bucket: Any, tmp_path: Path) -> None
     uris = [store.url("a.jpg"), f"{bucket.uri}/x/b #.jpg", f"{bucket.uri}/gone.jpg"]
     output = open_store(str(tmp_path / "out"))
     found = index.look_up(uris, bucket.endpoint_url)
-    chunks = plan._list_images(found, "_plan/x/list-00000.parquet", cut(2), "m.csv", output)
+    indexed = plan._list_images(found, "_plan/x/list-00000.parquet", cut(2), "m.csv", output)
+    chunks = list(from_table(indexed.chunks))
     assert [chunk.num_images for chunk in chunks] == [2, 1]
     source = source_of(store, output, endpoint_url=bucket.endpoint_url)
     rows = read_all(chunks, source)

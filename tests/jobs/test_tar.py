@@ -150,7 +150,7 @@ def test_compressed_archives_are_named(
 ) -> None:
     found, damage = found_in(compress(make_tar([("a.jpg", bytes(3000))])))
     assert found == []
-    assert damage.startswith(f"the tar is compressed ({name}): store it as it is")
+    assert damage.startswith(f"the tar is compressed ({name}): unpack it to a plain .tar")
 
 
 def test_a_member_named_like_a_compressed_file(make_tar: Callable[..., bytes]) -> None:

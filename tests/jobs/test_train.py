@@ -19,7 +19,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import checkpoints
+from jobs import train as verb
 from jobs.__main__ import main
+from jobs.config import TrainConfig
 from jobs.storage import open_store
 from segmodel import bundle, scenes
 from tests.conftest import Bucket
@@ -220,11 +222,13 @@ def test_a_killed_driver_costs_nothing_but_the_steps_since_the_checkpoint(
 
 
 def training_workers() -> Sequence[psutil.Process]:
-    """The processes that train, by the title that Ray gives them."""
+    """The processes that train on the tests' Ray, by the title that Ray gives them."""
+    # Not those of other trainings on this machine.
+    ours = {found.pid for found in psutil.Process().children(recursive=True)}
     return [
         found
         for found in psutil.process_iter(["cmdline"])
-        if "ray::RayTrainWorker" in " ".join(found.info["cmdline"] or [])
+        if found.pid in ours and "ray::RayTrainWorker" in " ".join(found.info["cmdline"] or [])
     ]
 
 
@@ -255,6 +259,17 @@ def test_two_workers_train_and_evaluate_together(packed: Path, tmp_path: Path) -
     assert [p["step"] for p in history if "mask_AP" in p] == [3, 6]
     first, last = (p["loss"] for p in (history[0], [p for p in history if "loss" in p][-1]))
     assert last < first
+
+
+def test_workers_for_which_there_is_no_room_are_started_only_where_nodes_may_come(
+    ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(train="sets/train", output="trained", workers="1..7")
+    assert verb._lay_out(config, may_grow=False) == ((1, 2), False)
+    assert verb._lay_out(config, may_grow=True) == ((1, 7), False)
+    verb._say_what_it_waits_for(5, 125, gpus=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Nothing from the workers for 2 min 05 s: the cluster has room for 4 of the 5" in said
 
 
 def test_a_finished_training_is_not_done_again_and_another_is_refused(

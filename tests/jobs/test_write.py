@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import write
+from jobs import documents, write
 from jobs.storage import open_store
-from jobs.store import Store
+from jobs.store import DamagedError, Store
 from jobs.write import Counts, IncompleteError
 from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
@@ -86,6 +86,7 @@ def test_the_footer_says_what_it_is(local: Store) -> None:
         "detections": 2,
         "errors": {"missing": 2, "truncated": 1},
     }
+    assert len(facts.pop("segjobs.crc32")) == 8
     assert facts == {
         "segjobs.schema_version": SCHEMA_VERSION,
         "segjobs.run_id": "ü",
@@ -165,6 +166,24 @@ def test_a_flipped_byte_is_noticed(local: Store) -> None:
     assert write.read_chunk(local, "1").num_rows == 20
 
 
+def test_no_flipped_bit_gives_other_rows(local: Store) -> None:
+    """Not in the pages, not in the footer, which has no checksum in Parquet. A sample of all bits."""
+    rows = table(*(row(f"{n}", detections=n % 3) for n in range(6)), *ROWS)
+    write.put_chunk(local, "1", rows, {"run_id": "r", "model_digest": "m"})
+    path = "predictions/1.parquet"
+    data = local.read(path)
+    caught = 0
+    for number in range(0, 8 * len(data), 131):
+        at, bit = divmod(number, 8)
+        local.put(path, data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        try:
+            assert write.read_chunk(local, "1").equals(rows)
+        except DamagedError:
+            caught += 1
+    # The rest lies in statistics and other facts that no rows come from.
+    assert caught > len(data) * 8 / 131 / 2
+
+
 def test_rows_are_replaced_where_they_stand(output: Store) -> None:
     write.put_chunk(output, "1", table(*ROWS), {"run_id": "old"})
     new = table(row("e", detections=1), row("b"))
@@ -212,12 +231,30 @@ def test_counts_of_a_chunk_that_is_gone(output: Store) -> None:
     assert output.url("predictions/2.parquet") in str(caught.value)
 
 
-def test_a_footer_that_lies_is_not_believed(local: Store) -> None:
-    facts = {"segjobs.counts": json.dumps({"images": 9, "detections": 0, "errors": {}})}
+@pytest.mark.parametrize(
+    ("name", "lie"),
+    [
+        (b"segjobs.counts", b'{"images": 9, "detections": 0, "errors": {}}'),
+        (b"segjobs.crc32", b"00000000"),
+    ],
+)
+def test_a_footer_that_lies_is_not_believed(local: Store, name: bytes, lie: bytes) -> None:
+    write.put_chunk(local, "1", table(*ROWS), {"run_id": "r"})
+    honest = pq.read_metadata(io.BytesIO(local.read("predictions/1.parquet"))).metadata
     sink = io.BytesIO()
-    pq.write_table(table(*ROWS).replace_schema_metadata(facts), sink)
+    pq.write_table(table(*ROWS).replace_schema_metadata({**honest, name: lie}), sink)
     local.put("predictions/1.parquet", sink.getvalue())
-    with pytest.raises(AssertionError):
+    with pytest.raises(DamagedError, match=r"1\.parquet was damaged in the store .*: delete it"):
+        write.read_counts(local, ["1"])
+
+
+def test_a_footer_whose_rows_are_not_there_is_not_believed(local: Store) -> None:
+    write.put_chunk(local, "1", table(*ROWS), {})
+    honest = pq.read_metadata(io.BytesIO(local.read("predictions/1.parquet"))).metadata
+    sink = io.BytesIO()
+    pq.write_table(table(*ROWS[:2]).replace_schema_metadata(honest), sink)
+    local.put("predictions/1.parquet", sink.getvalue())
+    with pytest.raises(DamagedError, match="and it has 2 rows"):
         write.read_counts(local, ["1"])
 
 
@@ -257,5 +294,5 @@ def test_marks(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(local), "put", noted)
     write.put_marks(local, {"counts": {"images": 1}, "name": "ü"})
     assert order == ["_manifest.json", "_SUCCESS"]
-    assert json.loads(local.read("_manifest.json")) == {"counts": {"images": 1}, "name": "ü"}
+    assert documents.read(local, "_manifest.json") == {"counts": {"images": 1}, "name": "ü"}
     assert local.read("_SUCCESS") == b""

@@ -6,8 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
+from segmodel import headers, images
 from segmodel.images import ImageError, decode, probe
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 8, 3), np.uint8)
@@ -129,3 +130,127 @@ def test_two_frames_are_refused() -> None:
     frame = JPEG[start : start + 19]
     with pytest.raises(ImageError, match="corrupt: "):
         decode(JPEG[:start] + frame + JPEG[start:])
+
+
+def progressive(num_scans: int) -> bytes:
+    """A progressive JPEG with its last scan, a refinement of nothing, as often as it takes."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (120, 80, 40)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * (num_scans - data.count(b"\xff\xda")) + data[end:]
+
+
+def test_scans_are_bounded() -> None:
+    expected = decode(progressive(10))
+    np.testing.assert_array_equal(decode(progressive(headers.MAX_JPEG_SCANS)), expected)
+    for num_scans in (headers.MAX_JPEG_SCANS + 1, 100_000):
+        data = progressive(num_scans)
+        for read in (decode, probe):
+            with pytest.raises(ImageError, match="too_large: a JPEG of more than 100 scans"):
+                read(data)
+
+
+def test_fill_bytes_and_segments_between_scans_hide_none() -> None:
+    for between in (b"\xff\xff\xff", b"\xff\xfe\0\x06\xff\xd9\xff\xd9", b"\xff\x01"):
+        data = progressive(headers.MAX_JPEG_SCANS + 1).replace(b"\xff\xda", between + b"\xff\xda")
+        with pytest.raises(ImageError, match="too_large: "):
+            decode(data)
+
+
+def test_what_only_looks_like_a_scan_is_not_counted() -> None:
+    """In a comment between scans, and behind the picture's end, where phones put other pictures."""
+    data = progressive(10)
+    last = data.rindex(b"\xff\xda")
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + 400) + b"\xff\xda" * 200
+    for looks in (data + progressive(99) + progressive(99), data[:last] + comment + data[last:]):
+        np.testing.assert_array_equal(decode(looks), decode(data))
+
+
+def test_scans_within_a_tiff_are_bounded_by_its_library() -> None:
+    def tiff(jpeg: bytes) -> bytes:
+        tags = {256: 32, 257: 32, 259: 7, 262: 6, 273: 8, 277: 3, 278: 32, 279: len(jpeg)}
+        jpeg += bytes(-len(jpeg) % 4)
+        # Bits of each sample, and a luma as large as both chromas.
+        at = 8 + len(jpeg)
+        entries = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()}
+        entries[258] = struct.pack("<HHII", 258, 3, 3, at)
+        entries[530] = struct.pack("<HHIHH", 530, 3, 2, 2, 2)
+        directory = b"".join(entries[tag] for tag in sorted(entries))
+        end = struct.pack("<H", len(entries)) + directory + bytes(4)
+        return struct.pack("<2sHI", b"II", 42, at + 6) + jpeg + struct.pack("<HHH", 8, 8, 8) + end
+
+    assert decode(tiff(progressive(99))).shape == (32, 32, 3)
+    with pytest.raises(ImageError, match="corrupt: "):
+        decode(tiff(progressive(1000)))
+
+
+@pytest.mark.parametrize("codec", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_only_the_first_of_many_frames_is_decoded(
+    codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of frames cost their bytes, not their pixels."""
+    frames = [Image.fromarray(PICTURE + np.uint8(number)) for number in range(200)]
+    file = io.BytesIO()
+    options = {"lossless": True} if codec == "WEBP" else {}
+    frames[0].save(file, codec, save_all=True, append_images=frames[1:], **options)
+    loaded: list[int] = []
+    seek = {plugin: plugin.seek for plugin in images._PLUGINS.values()}
+
+    def noted(self: ImageFile.ImageFile, frame: int) -> None:
+        loaded.append(frame)
+        seek[type(self)](self, frame)
+
+    for plugin in seek:
+        monkeypatch.setattr(plugin, "seek", noted)
+    first = decode(file.getvalue())
+    assert first.shape == PICTURE.shape
+    assert set(loaded) <= {0}
+    if codec not in ("GIF", "MPO"):
+        np.testing.assert_array_equal(first, PICTURE)
+
+
+def test_metadata_in_front_of_a_png_may_be_large() -> None:
+    """As much text as a chunk may hold, of which nothing is unpacked or copied to the decoder."""
+    text = bytes(20 << 20)
+    for name in (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf"):
+        data = png_with(name, text)
+        assert len(headers.png(data).data) == len(PNG)
+        np.testing.assert_array_equal(decode(data), PICTURE)
+
+
+@pytest.mark.parametrize("length", [0, 3, 5])
+def test_a_gif_with_a_control_block_of_another_length(length: int) -> None:
+    """Found by fuzzing: Pillow went on elsewhere, and found a frame of 3.7 gigapixels there."""
+    file = io.BytesIO()
+    Image.fromarray(PICTURE).quantize(8).save(file, "GIF")
+    data = file.getvalue()
+    frame = data.index(b",", 13 + 3 * 8)
+    control = b"!\xf9" + bytes([length]) + bytes(length) + (b"\0" if length else b"")
+    # To Pillow, what follows the empty block is as long as a comma, 44 bytes, says.
+    hidden = bytes(44) + b"," + struct.pack("<HHHH", 0, 0, 60_000, 60_000)
+    for extra in (b"", hidden):
+        damaged = data[:frame] + control + data[frame:] + extra
+        np.testing.assert_array_equal(decode(damaged), decode(data))
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_segments_shorter_than_their_length_hide_no_metadata(length: int) -> None:
+    """Found by fuzzing: without its length such a segment swallowed the next one's marker."""
+    short = bytes([0xFF, 0xC4]) + struct.pack(">H", length)
+    absurd = b"Exif\0\0MM\0*" + struct.pack(">IHHHIII", 8, 1, 0x0112, 5, 9, 2**31, 0)
+    hidden = bytes([0xFF, 0xE1]) + struct.pack(">H", 2 + len(absurd)) + absurd
+    data = JPEG[:2] + short + hidden + JPEG[2:]
+    assert b"Exif" not in headers.jpeg(data).data
+    with pytest.raises(ImageError, match="corrupt: "):
+        decode(data)
+
+
+@pytest.mark.parametrize("marker", [0x02, 0xBF, 0xC8, 0xDE, 0xDF, 0xF0, 0xFC, 0xFD])
+def test_segments_that_no_decoder_knows_hide_no_metadata(marker: int) -> None:
+    """Found by fuzzing: Pillow read the EXIF block within such a segment, and warned."""
+    damaged = b"Exif\0\0" + exif("<", 0x0112, 3, 6)[:-6]
+    hidden = bytes([0xFF, 0xE1]) + struct.pack(">H", 2 + len(damaged)) + damaged
+    for data in (jpeg_with((marker, hidden)), jpeg_with((marker, b""))):
+        with pytest.raises(ImageError, match="corrupt: a JPEG with a segment of the unknown kind"):
+            decode(data)

@@ -447,3 +447,63 @@ def test_device_auto_is_the_cpu_where_there_is_no_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Predictor(small).device == torch.device("cpu")
+
+
+@pytest.fixture
+def with_room_for(
+    small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int, int], tuple[Predictor, list[int]]]:
+    """`with_room_for(batch_size, pixels)`: a predictor whose device is small, and the batches that it tries."""
+
+    def make(batch_size: int, pixels: int) -> tuple[Predictor, list[int]]:
+        predictor = Predictor(small, "cpu", batch_size=batch_size)
+        tried: list[int] = []
+        whole = predictor._predict_batch
+
+        def run(images: list[Image]) -> list[Detections]:
+            tried.append(len(images))
+            if sum(image.shape[0] * image.shape[1] for image in images) > pixels:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(images)
+
+        monkeypatch.setattr(predictor, "_predict_batch", run)
+        return predictor, tried
+
+    return make
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_stays_so(
+    with_room_for: Callable[..., tuple[Predictor, list[int]]], image: MakeImage
+) -> None:
+    predictor, tried = with_room_for(8, 3 * 64 * 64)
+    found = predictor.predict([image(64, 64) for _ in range(16)])
+    assert tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert all(len(one) == len(found[0]) > 0 for one in found)
+    tried.clear()
+    predictor.predict([image(64, 64) for _ in range(5)])
+    assert tried == [2, 2, 1]
+
+
+def test_another_shape_keeps_its_batch_size(
+    with_room_for: Callable[..., tuple[Predictor, list[int]]], image: MakeImage
+) -> None:
+    predictor, tried = with_room_for(4, 3 * 64 * 64)
+    wide = [image(24, 48) for _ in range(4)]
+    predictor.predict([image(64, 64) for _ in range(4)])
+    tried.clear()
+    assert len(predictor.predict(wide)) == 4
+    assert tried == [4]
+
+
+def test_an_image_that_does_not_fit_alone_is_refused_and_its_mates_are_not(
+    with_room_for: Callable[..., tuple[Predictor, list[int]]], image: MakeImage
+) -> None:
+    predictor, _ = with_room_for(4, 64 * 64)
+    # Of one padded size: the network sees both as 64 x 64.
+    images = [image(64, 64), image(96, 96), image(60, 60), image(96, 96)]
+    refused: dict[int, str] = {}
+    found = dict(predictor.stream(enumerate(images), refused.__setitem__))
+    assert found.keys() == {0, 2}
+    assert refused == dict.fromkeys((1, 3), "memory: 96 x 96 pixels do not fit the device")
+    with pytest.raises(torch.OutOfMemoryError, match="96 x 96 pixels do not fit the device"):
+        predictor.predict(images)

@@ -1,0 +1,235 @@
+"""What a job waits for: seen in Ray Data's scheduler, and said when no chunk was finished for long."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray._private import state
+from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from typing_extensions import override
+
+from jobs.cluster import ClusterError, log_folder
+from jobs.console import console, duration
+
+# Chunks in a row that lost their process before the job is stopped: a model or a machine that cannot work
+# would lose all of them. Many are under way at once, and a bad image takes those beside it along.
+MOST_LOST = 20
+LOOK_EVERY_S = 1.0
+# Looks in a row that find no actor before none is there: what Ray knows of one may be late.
+DEAD_LOOKS = 10
+# Starts of actors anew, in a row as well. Ray starts one that dies in its constructor again for ever, and Ray
+# Data does not see that. The controller is asked for it when nothing was finished for some time.
+MOST_RESTARTS = 10
+RESTARTS_EVERY_S = 30.0
+
+
+@dataclass
+class Seen:
+    """Where the chunks are.
+
+    Attributes:
+        under_way: Chunks in each stage of the pipeline: read, predict, write.
+        actors: Actors by state: alive, pending, restarting.
+        alone: Images that are done one by one: the number of each in its chunk, by chunk id.
+    """
+
+    under_way: dict[str, int] = field(default_factory=dict)
+    actors: dict[str, int] = field(default_factory=dict)
+    alone: dict[str, int] = field(default_factory=dict)
+
+
+# One pipeline runs in a process at a time. Ray makes the observer itself, so it cannot be handed this.
+seen = Seen()
+
+
+class Observer(ExecutionCallback):
+    """Looks at the pipeline while it runs, and stops one that cannot get anywhere."""
+
+    def __init__(self) -> None:
+        self._written = self._lost_before = self._dead_looks = 0
+        self._looked = 0.0
+        self._counted = time.monotonic()
+        self._restarts_before: int | None = None
+
+    @override
+    def on_execution_step(self, executor: Any) -> None:
+        """Look, about once a second.
+
+        Raises:
+            ClusterError: Processes die and nothing gets done, or no actor is left.
+        """
+        if time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        _, read, predict, write = executor._topology
+        (pool,) = predict.get_autoscaling_actor_pools()
+        stages = {"read": read, "predict": predict, "write": write}
+        seen.under_way = {name: stage.num_active_tasks() for name, stage in stages.items()}
+        actors = pool.get_actor_info()
+        seen.actors = {
+            "alive": actors.running - actors.restarting,
+            "pending": actors.pending,
+            "restarting": actors.restarting,
+        }
+        written = write.metrics.num_tasks_finished - write.metrics.num_tasks_failed
+        lost = sum(stage.metrics.num_tasks_failed for stage in stages.values())
+        if written > self._written:
+            self._written, self._lost_before = written, lost
+            self._counted, self._restarts_before = time.monotonic(), None
+        most = max(MOST_LOST, 2 * pool.max_size() * pool.max_tasks_in_flight_per_actor())
+        self._dead_looks = self._dead_looks + 1 if _all_dead(pool) else 0
+        refuse_to_go_on(lost - self._lost_before, most, all_dead=self._dead_looks > DEAD_LOOKS)
+        if time.monotonic() - self._counted > RESTARTS_EVERY_S:
+            self._counted = time.monotonic()
+            self._refuse_restarts(max(MOST_RESTARTS, 2 * pool.max_size()))
+
+    def _refuse_restarts(self, most: int) -> None:
+        restarts = _restarts()
+        if self._restarts_before is None:
+            self._restarts_before = restarts
+        number = restarts - self._restarts_before
+        if number > most:
+            raise _hopeless(f"actors were started anew {number} times")
+
+    @override
+    def after_execution_succeeds(self, executor: Any) -> None:
+        """Forget what was seen."""
+        seen.under_way, seen.actors = {}, {}
+
+    @override
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        """Forget what was seen."""
+        seen.under_way, seen.actors = {}, {}
+
+
+def observe(context: DataContext) -> None:
+    """Let the data sets of a context be looked at; they must be the pipeline."""
+    context.custom_execution_callback_classes.append(Observer)
+
+
+def refuse_to_go_on(lost: int, most: int, *, all_dead: bool) -> None:
+    """Stop a job that cannot get anywhere.
+
+    Args:
+        lost: Chunks in a row whose process died.
+        most: How many those may be.
+        all_dead: No actor is there, and none is coming.
+
+    Raises:
+        ClusterError: It cannot.
+    """
+    if lost > most or all_dead:
+        raise _hopeless(
+            "all actors are gone for good" if all_dead else f"{lost} chunks in a row lost theirs"
+        )
+
+
+def _hopeless(what: str) -> ClusterError:
+    return ClusterError(
+        f"the processes of the job die before anything gets done ({what}): too little memory or a "
+        f"broken device are the usual reasons, and {log_folder()} on the nodes says more. "
+        "Run the same command again to go on"
+    )
+
+
+def _restarts() -> int:
+    """Return how often Ray has started actors of this job anew."""
+    job = ray.get_runtime_context().get_job_id()
+    actors = state.actors().values()
+    return sum(int(actor["NumRestarts"]) for actor in actors if actor["JobID"] == job)
+
+
+def _all_dead(pool: Any) -> bool:
+    """Say whether Ray started all actors of a pool and will start none of them again."""
+    coming = pool.num_pending_actors() + pool.num_restarting_actors()
+    # An actor that lives and has nothing to do could be selected.
+    idle = pool.num_tasks_in_flight() == 0 and pool.select_actors() is None
+    return bool(pool.num_running_actors() > 0 and not coming and idle)
+
+
+class StallWarning:
+    """Says what the job waits for when it has not come further for some time, again and again."""
+
+    def __init__(
+        self, every_s: float, left: Callable[[], int], wanted: Mapping[str, float]
+    ) -> None:
+        """Make one.
+
+        Args:
+            every_s: Seconds without progress.
+            left: Gives the images that are left.
+            wanted: What an actor reserves, by Ray's names of resources.
+        """
+        self._every_s, self._left, self._wanted = every_s, left, wanted
+        self._since = self._said = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stall-warning", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def progress(self) -> None:
+        """Say that the job has come further."""
+        self._since = self._said = time.monotonic()
+
+    def _run(self) -> None:
+        while not self._over.wait(max(0.05, self._said + self._every_s - time.monotonic())):
+            now = time.monotonic()
+            if now - self._said < self._every_s:
+                continue
+            self._said = now
+            totals, free = ray.cluster_resources(), ray.available_resources()
+            console.print(
+                f"No chunk was finished for {duration(now - self._since)}, {self._left()} images are "
+                f"left. {in_words(seen, self._wanted, totals, free)}",
+                markup=False,
+            )
+
+
+def in_words(
+    seen: Seen, wanted: Mapping[str, float], totals: Mapping[str, float], free: Mapping[str, float]
+) -> str:
+    """Say what a job waits for.
+
+    Args:
+        seen: Where its chunks are.
+        wanted: What an actor reserves, by Ray's names of resources.
+        totals: What the cluster has.
+        free: What of it is not reserved.
+    """
+    if seen.alone:
+        images = ", ".join(f"{number} of chunk {name}" for name, number in seen.alone.items())
+        return f"Chunks that lost their process are done image by image, under way: {images}."
+    parts = []
+    if seen.under_way:
+        parts.append("Chunks under way: " + _counts(seen.under_way) + ".")
+    if seen.actors:
+        parts.append("Actors: " + _counts(seen.actors) + ".")
+    names = sorted({"CPU", "GPU"} & (totals.keys() | wanted.keys()))
+    has = ", ".join(f"{totals.get(n, 0):g} {n}s ({free.get(n, 0):g} free)" for n in names)
+    wants = ", ".join(f"{number:g} {name}" for name, number in wanted.items())
+    parts.append(f"An actor wants {wants}; the cluster has {has}.")
+    if not seen.actors.get("alive") and any(
+        free.get(n, 0) < number for n, number in wanted.items()
+    ):
+        parts.append("It waits for room: for other jobs to end, or for nodes to be added.")
+    return " ".join(parts)
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in numbers.items())
