@@ -21,6 +21,8 @@ from ray.exceptions import (
 # have more, and one that is started again imports torch for seconds: of a training on two CPUs,
 # that took half of the time. And a task that takes too much memory it would start again for ever.
 LOCAL = {
+    # One of its own: without a word Ray would join what `ray start` left on this machine.
+    "address": "local",
     "include_dashboard": False,
     "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000, "task_oom_retries": 3},
 }

@@ -1,11 +1,11 @@
 """`make bench`: measure, append the rows to `results.csv` and print them. Name parts to run only those.
 
-python -m tests.bench [masks] [cost] [memory] [training] [gpu]
+python -m tests.bench [masks] [cost] [memory] [training] [gpu] [bookkeeping]
 """
 
 import sys
 
-from tests.bench import bench_gpu, bench_job, bench_masks, bench_train, results
+from tests.bench import bench_bookkeeping, bench_gpu, bench_job, bench_masks, bench_train, results
 
 
 def _masks() -> None:
@@ -30,6 +30,7 @@ PARTS = {
     "memory": bench_job.memory,
     "training": bench_train.training,
     "gpu": bench_gpu.gpu,
+    "bookkeeping": bench_bookkeeping.bookkeeping,
 }
 
 if __name__ == "__main__":
