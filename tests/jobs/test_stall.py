@@ -1,7 +1,6 @@
 """What a job says while it waits, and when it gives up."""
 
 import io
-import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
