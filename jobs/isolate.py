@@ -1,5 +1,6 @@
 """What the pipeline lost, image by image: an image that ends its process costs its own row and no other."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,6 +155,9 @@ def _read(
     except RayTaskError:
         raise
     except RayError as error:
+        with contextlib.suppress(RayError):
+            # The same error, of which Ray would complain that nobody looked at it.
+            ray.get(block)
         chunk = item.chunk
         last = chunk.start + chunk.num_images - 1
         raise ClusterError(

@@ -290,7 +290,9 @@ def test_actors_that_die_and_cannot_come_back_end_the_job(
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(pipeline, "Predict", Once)
-    assert predict(photos, tmp_path / "out", tiny_bundle, "--max-actors", "1") == 1
+    # More chunks than are given to an actor ahead: those that were are done image by image.
+    more = ("--max-actors", "1", "--chunk-size", "2")
+    assert predict(photos, tmp_path / "out", tiny_bundle, *more) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "all actors are gone for good" in error
     assert "Run the same command again" in error
