@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import ray
 from ray._private import state
+from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from typing_extensions import override
@@ -26,6 +27,7 @@ DEAD_LOOKS = 10
 # Data does not see that. The controller is asked for it when nothing was finished for some time.
 MOST_RESTARTS = 10
 RESTARTS_EVERY_S = 30.0
+ALIVE, RESTARTING, DEAD = ActorTableData.ALIVE, ActorTableData.RESTARTING, ActorTableData.DEAD
 
 
 @dataclass
@@ -70,11 +72,12 @@ class Observer(ExecutionCallback):
         (pool,) = predict.get_autoscaling_actor_pools()
         stages = {"read": read, "predict": predict, "write": write}
         seen.under_way = {name: stage.num_active_tasks() for name, stage in stages.items()}
-        actors = pool.get_actor_info()
+        states = _states(pool)
+        pending = pool.num_pending_actors()
         seen.actors = {
-            "alive": actors.running - actors.restarting,
-            "pending": actors.pending,
-            "restarting": actors.restarting,
+            "alive": states.count(ALIVE),
+            "pending": pending,
+            "restarting": states.count(RESTARTING),
         }
         written = write.metrics.num_tasks_finished - write.metrics.num_tasks_failed
         lost = sum(stage.metrics.num_tasks_failed for stage in stages.values())
@@ -82,7 +85,8 @@ class Observer(ExecutionCallback):
             self._written, self._lost_before = written, lost
             self._counted, self._restarts_before = time.monotonic(), None
         most = max(MOST_LOST, 2 * pool.max_size() * pool.max_tasks_in_flight_per_actor())
-        self._dead_looks = self._dead_looks + 1 if _all_dead(pool) else 0
+        all_dead = not pending and states.count(DEAD) == len(states) > 0
+        self._dead_looks = self._dead_looks + 1 if all_dead else 0
         refuse_to_go_on(lost - self._lost_before, most, all_dead=self._dead_looks > DEAD_LOOKS)
         if time.monotonic() - self._counted > RESTARTS_EVERY_S:
             self._counted = time.monotonic()
@@ -144,12 +148,12 @@ def _restarts() -> int:
     return sum(int(actor["NumRestarts"]) for actor in actors if actor["JobID"] == job)
 
 
-def _all_dead(pool: Any) -> bool:
-    """Say whether Ray started all actors of a pool and will start none of them again."""
-    coming = pool.num_pending_actors() + pool.num_restarting_actors()
-    # An actor that lives and has nothing to do could be selected.
-    idle = pool.num_tasks_in_flight() == 0 and pool.select_actors() is None
-    return bool(pool.num_running_actors() > 0 and not coming and idle)
+def _states(pool: Any) -> list[int | None]:
+    """Return the state of each actor of a pool that was started, as Ray knows it; None is unknown.
+
+    Ray Data's own counts go on calling an actor restarting that died for good while it restarted.
+    """
+    return [actor._get_local_state() for actor in pool._running_actors]
 
 
 class StallWarning:

@@ -2,7 +2,7 @@
 
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +12,12 @@ from rich.console import Console
 from jobs import stall
 from jobs.cluster import ClusterError
 from jobs.stall import (
+    ALIVE,
+    DEAD,
     DEAD_LOOKS,
     MOST_LOST,
     MOST_RESTARTS,
+    RESTARTING,
     Observer,
     Seen,
     StallWarning,
@@ -125,15 +128,12 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(stall, "_restarts", lambda: 0)
 
     def look(
-        written: int, failed: int, running: int = 1, pending: int = 0, *, idle: bool = False
+        written: int, failed: int, states: Sequence[int | None] = (ALIVE,), pending: int = 0
     ) -> None:
+        actors = [SimpleNamespace(_get_local_state=lambda state=state: state) for state in states]
         pool = SimpleNamespace(
-            get_actor_info=lambda: SimpleNamespace(running=running, pending=pending, restarting=0),
+            _running_actors=actors,
             num_pending_actors=lambda: pending,
-            num_restarting_actors=lambda: 0,
-            num_running_actors=lambda: running,
-            num_tasks_in_flight=lambda: 0 if idle else 2,
-            select_actors=lambda: None,
             max_size=lambda: 2,
             max_tasks_in_flight_per_actor=lambda: 4,
         )
@@ -164,14 +164,19 @@ def test_processes_that_die_in_a_row_stop_the_job(step: Callable[..., None]) -> 
 def test_actors_that_are_gone_stop_the_job_and_those_that_come_do_not(
     step: Callable[..., None],
 ) -> None:
-    step(0, 0, running=0, idle=True)
-    step(0, 0, running=1, pending=1, idle=True)
-    for _ in range(2):
-        step(0, 0, running=1)
+    step(0, 0, states=[])
+    coming: list[dict[str, Any]] = [
+        {"states": [DEAD], "pending": 1},
+        {"states": [DEAD, RESTARTING]},
+        {"states": [DEAD, None]},
+        {"states": [DEAD, ALIVE]},
+    ]
+    for there in coming:
+        step(0, 0, **there)
         for _ in range(DEAD_LOOKS):
-            step(0, 0, running=1, idle=True)
+            step(0, 0, states=[DEAD, DEAD])
     with pytest.raises(ClusterError, match="all actors are gone for good"):
-        step(0, 0, running=1, idle=True)
+        step(0, 0, states=[DEAD, DEAD])
 
 
 def test_actors_that_are_started_again_and_again_stop_the_job(
