@@ -16,6 +16,7 @@ import ray
 from PIL import Image
 
 from segmodel import scenes
+from tests.jobs import ray_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -105,20 +106,13 @@ def test_a_driver_killed_at_random_moments_loses_nothing(
     assert rows == undisturbed
 
 
-def at_work(process: psutil.Process) -> bool:
-    """Say whether a process is an actor that holds the model, by the title that Ray gives it."""
-    title = " ".join(process.info["cmdline"] or [])
-    return "MapWorker(MapBatches(Predict))" in title and "__init__" not in title
-
-
 def wait_for_actors(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """Wait until an actor is at work, and return those that are."""
     deadline = time.monotonic() + DEADLINE_S
     while True:
         assert process.poll() is None, "the job was done before its actor could be killed"
         assert time.monotonic() < deadline
-        actors = [found for found in psutil.process_iter(["cmdline"]) if at_work(found)]
-        if actors:
+        if actors := ray_processes.actors():
             return actors
         time.sleep(0.02)
 
@@ -129,9 +123,8 @@ def at_work_on(process: "subprocess.Popen[bytes]", name: str) -> psutil.Process:
     while True:
         assert process.poll() is None, f"the job was done before {name} could be killed"
         assert time.monotonic() < deadline
-        for found in psutil.process_iter(["cmdline"]):
-            if name in " ".join(found.info["cmdline"] or []):
-                return found
+        if found := ray_processes.titled(name):
+            return found[0]
         time.sleep(0.005)
 
 

@@ -6,11 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -25,6 +23,7 @@ from jobs.config import TrainConfig
 from jobs.storage import open_store
 from segmodel import bundle, scenes
 from tests.conftest import Bucket
+from tests.jobs import ray_processes
 
 pytestmark = pytest.mark.ray
 
@@ -221,17 +220,6 @@ def test_a_killed_driver_costs_nothing_but_the_steps_since_the_checkpoint(
     same_training(output, undisturbed)
 
 
-def training_workers() -> Sequence[psutil.Process]:
-    """The processes that train on the tests' Ray, by the title that Ray gives them."""
-    # Not those of other trainings on this machine.
-    ours = {found.pid for found in psutil.Process().children(recursive=True)}
-    return [
-        found
-        for found in psutil.process_iter(["cmdline"])
-        if found.pid in ours and "ray::RayTrainWorker" in " ".join(found.info["cmdline"] or [])
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_worker_costs_nothing_but_the_steps_since_the_checkpoint(
@@ -240,7 +228,7 @@ def test_a_killed_worker_costs_nothing_but_the_steps_since_the_checkpoint(
     output = tmp_path / "out"
     process = start(packed, output, "--epochs", "4")
     wait_for_checkpoint(process, output, 6)
-    killed = training_workers()
+    killed = ray_processes.titled("ray::RayTrainWorker")
     assert killed
     for worker in killed:
         worker.kill()
