@@ -78,6 +78,10 @@ def plain_errors() -> Iterator[None]:
                 raise cause from None
             cause = cause.__cause__
         raise
+    except RayError as error:
+        raise ClusterError(
+            f"a task of the job failed: {reason(error)}. Run the same command again to go on"
+        ) from error
 
 
 def reason(error: RayError) -> str:

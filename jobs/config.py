@@ -201,6 +201,10 @@ class TrainConfig:
         "left out",
         0,
     )
+    device: Literal["auto", "cpu", "gpu"] = option(
+        "auto takes GPUs where there are some now; say gpu where a cluster adds them when asked",
+        "auto",
+    )
     epochs: int = option("passes over the training set", 12)
     batch_size: int = option("images of each worker at a time", 2)
     accumulate: int = option("batches of each worker in one step", 1)

@@ -103,9 +103,11 @@ def _work_off(
                 progress.advance(receipt.rows)
                 stalled.progress()
     done = plan.finished_chunks(output).keys()
-    counted = {**tally.read_counts(output, done - receipts.keys()), **receipts}
     sizes = plan.sizes(planned)
-    counts = write.finish(output, sizes, {name: counted[name] for name in sizes if name in counted})
+    _refuse_others(output, done - sizes.keys())
+    counted = {**tally.read_counts(output, done - receipts.keys()), **receipts}
+    # What is not there any more does not count, whatever its receipt said.
+    counts = write.finish(output, sizes, {name: counted[name] for name in sizes if name in done})
     took = time.time() - started
     facts_of_run = {
         "run_id": run_id,
@@ -153,6 +155,10 @@ def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Pl
     if frozen is not None:
         plan.refuse_changed_input(frozen, found, output)
         return frozen
+    others = plan.finished_chunks(output).keys()
+    if plan.load(output) is None:
+        # Else another driver was faster, and they are its.
+        _refuse_others(output, others)
     console.print(f"Input {config.input} is read as {found.format}: {found.why}.")
     cut = plan.Cut(
         chunk_size=config.chunk_size,
@@ -162,6 +168,19 @@ def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Pl
     )
     made = plan.make(found, job, cut, None if config.plan_only else output)
     return made if config.plan_only else plan.freeze(output, made)
+
+
+def _refuse_others(output: Store, others: Set[str]) -> None:
+    """Refuse an output with objects of another job, which would stand in this one's table.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if others:
+        raise ConfigError(
+            f"{output.url('predictions')} holds {len(others)} objects that are not of this job's plan, such as "
+            f"{min(others)}.parquet: take them away, or give another --output"
+        )
 
 
 def _left(config: PredictConfig, planned: Plan, output: Store, done: Set[str]) -> list[Work]:

@@ -6,6 +6,8 @@ import re
 # The token of a session is as good as its key while it lives.
 _VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 _PASSWORD = re.compile(r"(?<=://)[^/\s\"'?#]*:[^/\s\"'?#]*@")
+# A secret key may hold slashes; the key's id in front of it tells that it is one.
+_KEYS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}:[^\s\"'?#@]+@")
 _SIGNED_QUERY = re.compile(
     r"\?[^\s\"'<>]*\b(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|sig)=[^\s\"'<>]*",
     re.IGNORECASE,
@@ -18,7 +20,7 @@ def holds_credentials(url: str) -> bool:
     if not separator:
         return False
     signed = scheme.lower() in ("http", "https") and _SIGNED_QUERY.search(rest)
-    return bool(signed or _PASSWORD.match(url, len(scheme) + len(separator)))
+    return bool(signed or _KEYS.search(rest) or _PASSWORD.match(url, len(scheme) + len(separator)))
 
 
 def without_secrets(text: str) -> str:
@@ -26,4 +28,4 @@ def without_secrets(text: str) -> str:
     for name in _VARIABLES:
         if value := os.environ.get(name):
             text = text.replace(value, "***")
-    return _SIGNED_QUERY.sub("?***", _PASSWORD.sub("***@", text))
+    return _SIGNED_QUERY.sub("?***", _PASSWORD.sub("***@", _KEYS.sub("***@", text)))

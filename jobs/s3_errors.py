@@ -1,6 +1,7 @@
 """What goes wrong at a store that speaks S3: what may pass, and what to do about the rest."""
 
 import botocore.exceptions
+import botocore.parsers
 
 from jobs.redact import without_secrets
 from jobs.store import DamagedError
@@ -8,10 +9,12 @@ from jobs.store import DamagedError
 FAILURES = (
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.ClientError,
+    # Not one of botocore's other errors: an answer that is no XML, a part of one or a web page.
+    botocore.parsers.ResponseParserError,
     DamagedError,
 )
 
-CHECKSUM = "checksum"
+CHECKSUM, GARBLED = "checksum", "garbled"
 NO_STORE = "the answer is not that of a store: check that --endpoint-url is an S3 store"
 # Trouble that may pass, by how it is counted. What is neither here nor below is permanent.
 _PASSING_STATUS = (429, 500, 502, 503, 504)
@@ -26,6 +29,7 @@ _PASSING_CODES = {
 }
 _PASSING_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (DamagedError, CHECKSUM),
+    (botocore.parsers.ResponseParserError, GARBLED),
     (botocore.exceptions.FlexibleChecksumError, CHECKSUM),
     (botocore.exceptions.ReadTimeoutError, "timeout"),
     (botocore.exceptions.ConnectTimeoutError, "timeout"),
@@ -91,6 +95,8 @@ def passing(error: Exception) -> str:
 
 def advice(error: Exception) -> str:
     """Return what happened and what to do about it; it holds no secrets."""
+    if isinstance(error, botocore.parsers.ResponseParserError):
+        return NO_STORE
     # Its own retries are off.
     words = without_secrets(str(error)).replace(" (reached max retries: 0)", "")
     if isinstance(error, botocore.exceptions.ClientError):

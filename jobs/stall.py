@@ -217,9 +217,11 @@ def in_words(
         free: What of it is not reserved.
     """
     if seen.alone:
-        images = ", ".join(f"{number} of chunk {name}" for name, number in seen.alone.items())
-        return f"Chunks that lost their process are done image by image, under way: {images}."
-    parts = []
+        # Other threads add to it and take from it.
+        images = ", ".join(f"{number} of chunk {name}" for name, number in list(seen.alone.items()))
+        parts = [f"Chunks that lost their process are done image by image, under way: {images}."]
+    else:
+        parts = []
     if seen.under_way:
         parts.append("Chunks under way: " + _counts(seen.under_way) + ".")
     if seen.actors:
@@ -228,7 +230,7 @@ def in_words(
     has = ", ".join(f"{totals.get(n, 0):g} {n}s ({free.get(n, 0):g} free)" for n in names)
     wants = ", ".join(f"{number:g} {name}" for name, number in wanted.items())
     parts.append(f"An actor wants {wants}; the cluster has {has}.")
-    if not seen.actors.get("alive") and any(
+    if not (seen.actors.get("alive") or any(seen.alone.values())) and any(
         free.get(n, 0) < number for n, number in wanted.items()
     ):
         parts.append("It waits for room: for other jobs to end, or for nodes to be added.")

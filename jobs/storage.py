@@ -7,6 +7,7 @@ literally: `#`, `?`, `%` and spaces mean themselves.
 import contextlib
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from functools import lru_cache
@@ -22,6 +23,9 @@ from jobs.store import ObjectInfo, StorageError, Store
 
 # pyarrow's own three attempts give up after 1.5 s of 503s.
 S3_ATTEMPTS = 10
+
+# What S3 and its like accept, and the names of access points.
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:_-]+")
 
 
 class ArrowStore(Store):
@@ -63,7 +67,9 @@ class ArrowStore(Store):
                 data = bytes(file.read_at(span[1] - span[0], span[0]))
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.url(path)} does not exist") from None
-        except OSError as error:
+        except (OSError, pa.ArrowInvalid) as error:
+            if _is_no_file(error):
+                raise FileNotFoundError(f"{self.url(path)!r} is no file: {error}") from None
             raise StorageError(f"{self.url(path)} cannot be read: {error}") from error
         if len(data) != span[1] - span[0]:
             raise self.changed(path)
@@ -129,6 +135,13 @@ class ArrowStore(Store):
         return aside
 
 
+def _is_no_file(error: Exception) -> bool:
+    """Say whether a path was a folder's, or can be none of a file: too long, or with a zero byte."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return True
+    return isinstance(error, pa.ArrowInvalid) or "directory" in str(error)
+
+
 def open_store(uri: str, endpoint_url: str | None = None) -> Store:
     """Return the place that `uri` names.
 
@@ -138,8 +151,8 @@ def open_store(uri: str, endpoint_url: str | None = None) -> Store:
         endpoint_url: The S3-compatible store; `AWS_ENDPOINT_URL`, then Amazon's, where None.
 
     Raises:
-        ValueError: The URI has no bucket, a scheme that `pyarrow.fs` does not know, or a password
-            or signature in it: it would stand in plans and manifests.
+        ValueError: The URI has no bucket or one that cannot be, a scheme that `pyarrow.fs` does not
+            know, or a password or signature in it: it would stand in plans and manifests.
     """
     if holds_credentials(uri):
         raise ValueError(
@@ -154,6 +167,8 @@ def open_store(uri: str, endpoint_url: str | None = None) -> Store:
     if not bucket:
         raise ValueError(f"{uri!r} names no bucket: write {scheme}://BUCKET/PREFIX")
     if scheme == "s3":
+        if not BUCKET.fullmatch(bucket):
+            raise ValueError(f"{bucket!r} is no name of a bucket: write s3://BUCKET/PREFIX")
         return S3Store(bucket, prefix.strip("/"), endpoint_url)
     try:
         filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{bucket}")

@@ -19,6 +19,14 @@ COMPRESSED = {
 }
 # What lies behind an end mark is read in pieces of so many bytes.
 PADDING_BYTES = 2**16
+# Of a header with a long name or PAX records; names have a thousand bytes at most where they are used.
+MAX_EXTENSION_BYTES = 2**20
+_EXTENSIONS = frozenset(
+    {
+        *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+        *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    }
+)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 
@@ -68,7 +76,9 @@ def members(file: BinaryIO, *, until_end: bool) -> Iterator[Member]:
     """
     start = file.tell()
     try:
-        archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 - not ours
+        archive = tarfile.open(  # noqa: SIM115 - not ours
+            fileobj=file, mode="r:", encoding="utf-8", tarinfo=_Header
+        )
         count = 0
         while (info := _next(archive)) is not None:
             count += 1
@@ -78,11 +88,20 @@ def members(file: BinaryIO, *, until_end: bool) -> Iterator[Member]:
                 )
             # A TarFile remembers every member that it has seen; a shard may hold 100,000.
             archive.members.clear()  # type: ignore[attr-defined]
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         problem = _compression(file, start) or f"the tar is damaged: {error}"
         raise DamagedTarError(problem) from error
     if until_end:
         _check_end(file, archive.offset, count)
+
+
+class _Header(tarfile.TarInfo):
+    """A header; `tarfile` reads what long names and PAX records say they are long at once."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENSIONS and self.size > MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError(f"an extension header has {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
 
 
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:

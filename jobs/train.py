@@ -41,7 +41,8 @@ def run(config: TrainConfig) -> int:
     output = open_store(config.output, config.endpoint_url)
     may_grow = connect(config.address)
     workers, gpus = _lay_out(config, may_grow=may_grow)
-    task = train_task.make(config, gpus=gpus, most_workers=workers[1])
+    task = train_task.make(config, gpus=gpus)
+    _refuse_no_step(config, task, workers[1])
     train_task.freeze(output, config, task)
     if output.info(write.SUCCESS) is not None:
         console.print(f"{config.output} is finished: nothing to do.")
@@ -58,7 +59,6 @@ def run(config: TrainConfig) -> int:
         batch_size=config.batch_size,
         eval_every=config.eval_every,
         checkpoint_every=config.checkpoint_every,
-        threads=max(1, int(resources()[0] / workers[1])),
         board=_board(),
     )
     _fit(config, job, workers, gpus=gpus)
@@ -66,6 +66,21 @@ def run(config: TrainConfig) -> int:
     assert path is not None
     train_result.finish(config, output, task, checkpoints.load(output, path), time.time() - started)
     return 0
+
+
+def _refuse_no_step(config: TrainConfig, task: Task, workers: int) -> None:
+    """Refuse to train less than one step.
+
+    Raises:
+        ConfigError: There are too few images for one.
+    """
+    order = feed.make_order(task.train, config.batch_size, config.seed)
+    if order.start(config.epochs) < workers * config.accumulate:
+        raise ConfigError(
+            f"{task.train.num_rows} images in {config.epochs} epochs make no step of {workers} workers with "
+            f"{config.accumulate} x {config.batch_size} images each: lower --batch-size, --accumulate or "
+            "--workers"
+        )
 
 
 def _board() -> Any:
@@ -85,9 +100,16 @@ def _lay_out(config: TrainConfig, *, may_grow: bool) -> tuple[tuple[int, int], b
         ConfigError: They do not fit.
     """
     cpus, gpus = resources()
+    if config.device == "cpu":
+        gpus = 0
     least, most = config.worker_range or (max(1, int(gpus)),) * 2
     if may_grow:
-        return (least, most), gpus > 0
+        # Nodes with GPUs may be there only when somebody wants them.
+        return (least, most), gpus > 0 or config.device == "gpu"
+    if config.device == "gpu" and not gpus:
+        raise ConfigError(
+            "--device gpu: this Ray has no GPU. Name a cluster with some by --address, or use --device cpu"
+        )
     room = int((cpus - feed.min_cpus(least)) / feed.WORKER_CPUS)
     if gpus:
         room = min(room, int(gpus))

@@ -19,7 +19,19 @@ TASK = "_train.json"
 
 # What may differ when a training is gone on with: it says where and how long, not what.
 FREE = frozenset(
-    {"workers", "address", "endpoint_url", "max_failures", "checkpoint_every", "output"}
+    {
+        *(
+            "workers",
+            "device",
+            "address",
+            "endpoint_url",
+            "max_failures",
+            "checkpoint_every",
+            "output",
+        ),
+        # What helps where the loss was not finite.
+        *("learning_rate", "warmup_epochs", "clip_norm"),
+    }
 )
 
 
@@ -44,7 +56,7 @@ class Task:
     augmentation: Augmentation
 
 
-def make(config: TrainConfig, *, gpus: bool, most_workers: int) -> Task:
+def make(config: TrainConfig, *, gpus: bool) -> Task:
     """Look at the data and make the first weights.
 
     Raises:
@@ -61,7 +73,7 @@ def make(config: TrainConfig, *, gpus: bool, most_workers: int) -> Task:
         val=val,
         bundle=bundle,
         origin=origin,
-        recipe=_recipe(config, gpus=gpus, most_workers=most_workers),
+        recipe=_recipe(config, bundle, gpus=gpus),
         augmentation=_augmentation(config, bundle.settings),
     )
 
@@ -137,14 +149,20 @@ def _first_bundle(config: TrainConfig, train: TrainingSet) -> tuple[Bundle, str]
     return made, origin
 
 
-def _recipe(config: TrainConfig, *, gpus: bool, most_workers: int) -> Recipe:
+def _recipe(config: TrainConfig, bundle: Bundle, *, gpus: bool) -> Recipe:
     norm: Norm
     if config.norm != "auto":
         norm = config.norm
     elif config.model is not None:
         norm = "frozen"
     else:
-        norm = "sync" if gpus and most_workers > 1 else "train"
+        # One worker, too, may be joined by others.
+        norm = "sync" if gpus else "train"
+    if norm != "frozen" and bundle.settings.norm == "frozen":
+        raise ConfigError(
+            f"--norm {norm} has nothing to train: the normalisation of {config.model} is constants. Leave "
+            "--norm out, or start from weights with BatchNorm"
+        )
     if norm == "sync" and not gpus:
         raise ConfigError("--norm sync needs GPUs: torch shares batch statistics on them only")
     precision = config.precision

@@ -58,7 +58,6 @@ class Job:
         batch_size: Images of a worker at a time.
         eval_every: Epochs between evaluations.
         checkpoint_every: Steps between checkpoints.
-        threads: Of a worker on a CPU, and for decoding.
         board: Actor of `board.Board`.
     """
 
@@ -71,7 +70,6 @@ class Job:
     batch_size: int
     eval_every: int
     checkpoint_every: int
-    threads: int
     board: Any
 
 
@@ -97,8 +95,11 @@ class _Training:
         self.job = job
         self.rank, self.num_workers = dist.get_rank(), dist.get_world_size()
         device = ray.train.torch.get_device()
+        self.nodes = self._gathered(ray.get_runtime_context().get_node_id())
+        # Of a worker on a CPU, and for decoding.
+        self.threads = self._threads()
         if device.type == "cpu":
-            torch.set_num_threads(job.threads)
+            torch.set_num_threads(self.threads)
         self.bundle = ray.get(job.bundle)
         self.trainer = Trainer(self.bundle, job.recipe, device)
         self.order = feed.make_order(job.train, job.batch_size, job.recipe.seed)
@@ -106,7 +107,6 @@ class _Training:
         self.history: list[Point] = []
         self.best: Point | None = None
         self.saved_at: int | None = None
-        self.nodes = self._gathered(ray.get_runtime_context().get_node_id())
         self.feed_reserves = True
         self.look_at = 0.0
         self.notice: ray.train.PreemptionInfo | None = None
@@ -135,7 +135,9 @@ class _Training:
         if self.job.val is None:
             self._renew_statistics()
             self._save()
-        elif self.saved_at != self.trainer.steps:
+        elif self.history and "loss" in self.history[-1]:
+            # Went on, with more workers, from a checkpoint behind which there is no whole step.
+            self._evaluate(self.job.val)
             self._save()
 
     def _go_on_from(self, path: str | None) -> None:
@@ -219,6 +221,12 @@ class _Training:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return [bool(flag) for flag in found.tolist()]
 
+    def _threads(self) -> int:
+        """Return this worker's share of its node's CPUs."""
+        own = ray.get_runtime_context().get_node_id()
+        (cpus,) = (n["Resources"].get("CPU", 1) for n in ray.nodes() if n["NodeID"] == own)
+        return max(1, int(cpus / self.nodes.count(own)))
+
     def _feed_has_room(self) -> bool:
         cpus = {
             node["NodeID"]: node["Resources"].get("CPU", 0.0)
@@ -281,6 +289,7 @@ class _Training:
 
     def _evaluate(self, val: TrainingSet) -> None:
         """Evaluate the weights as they are now, each worker a part of the set."""
+        self.trainer.share_statistics()
         self._renew_statistics()
         bundle = replace(self.bundle, weights=self.trainer.weights(), digest="")
         matches, *others = self._gathered(self._matches(val, bundle))
@@ -310,12 +319,12 @@ class _Training:
 
         def decoded() -> Iterator[tuple[int, Image]]:
             rows = training_set.rows(chunks)
-            with ThreadPoolExecutor(self.job.threads) as pool:
+            with ThreadPoolExecutor(self.threads) as pool:
                 under_way = ahead(
                     lambda row: decode(row.pop("data")),
                     rows,
                     pool,
-                    DECODED_AHEAD * self.job.threads,
+                    DECODED_AHEAD * self.threads,
                 )
                 for number, (row, image) in enumerate(under_way):
                     waiting[number] = row
@@ -333,6 +342,9 @@ class _Training:
         """Save when a node will be taken away, and once more shortly before that."""
         self.look_at = time.monotonic() + LOOK_EVERY_S
         notice = ray.train.get_preemption_info()
+        if self.num_workers > 1:
+            # They save together, and one may hear of it before another.
+            notice = self._agreed(notice)
         if notice is None or notice == self.notice or not self.trainer.steps:
             return
         self.notice = notice

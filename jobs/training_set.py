@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +83,8 @@ def load(uris: Sequence[str], endpoint_url: str | None) -> TrainingSet:
         endpoint_url: See `storage.open_store`.
 
     Raises:
-        InputError: Nothing is there, it is no packed set, no row of it is ok, or the sets' categories
-            contradict each other.
+        InputError: Nothing is there, it is no packed set or not all of it, no row of it is ok, or the
+            sets' categories contradict each other.
     """
     chunks: list[RowGroup] = []
     categories: dict[int, str] = {}
@@ -92,7 +92,8 @@ def load(uris: Sequence[str], endpoint_url: str | None) -> TrainingSet:
     for uri in uris:
         store = open_store(uri, endpoint_url)
         infos = _shards(store)
-        for number, name in _categories(store):
+        manifest = _manifest(store)
+        for number, name in _categories(manifest):
             if categories.setdefault(number, name) != name:
                 raise InputError(
                     f"category {number} is {categories[number]!r} in one set and {name!r} in "
@@ -100,8 +101,11 @@ def load(uris: Sequence[str], endpoint_url: str | None) -> TrainingSet:
                 )
         digest.update(json.dumps([(i.path, i.size, i.etag) for i in infos]).encode())
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-            for groups in pool.map(_row_groups, [store] * len(infos), infos):
-                chunks += groups
+            of_set = [
+                g for groups in pool.map(_row_groups, [store] * len(infos), infos) for g in groups
+            ]
+        _refuse_parts(store, manifest, len(infos), of_set)
+        chunks += of_set
     digest.update(json.dumps(sorted(categories.items())).encode())
     kept = tuple(chunk for chunk in chunks if chunk.num_rows)
     if not kept:
@@ -173,7 +177,7 @@ def _shards(store: Store) -> list[ObjectInfo]:
 _ADVICE = "`segjobs pack --images URI --annotations COCO.json --output URI` makes one"
 
 
-def _categories(store: Store) -> list[tuple[int, str]]:
+def _manifest(store: Store) -> dict[str, Any]:
     try:
         manifest = documents.read(store, MANIFEST, made_by_us=False)
     except FileNotFoundError:
@@ -182,7 +186,24 @@ def _categories(store: Store) -> list[tuple[int, str]]:
         ) from None
     if not manifest.get("categories"):
         raise InputError(f"{store.uri} was packed without annotations, no categories: {_ADVICE}")
+    return manifest
+
+
+def _categories(manifest: Mapping[str, Any]) -> list[tuple[int, str]]:
     return [(category["id"], category["name"]) for category in manifest["categories"]]
+
+
+def _refuse_parts(
+    store: Store, manifest: Mapping[str, Any], num_shards: int, groups: Sequence[RowGroup]
+) -> None:
+    """Refuse a set of which shards are missing, or to which others were added."""
+    rows = sum(group.num_rows + len(group.skipped) for group in groups)
+    expected = manifest["shards"], manifest["counts"]["images"]
+    if (num_shards, rows) != expected:
+        raise InputError(
+            f"{store.uri} holds {num_shards} shards with {rows} rows, and was packed as {expected[0]} with "
+            f"{expected[1]}: copy all of it again, or pack it again"
+        )
 
 
 def _open(store: Store, info: ObjectInfo, window: int) -> pq.ParquetFile:

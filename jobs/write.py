@@ -4,7 +4,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -112,13 +112,20 @@ def put_chunk(
 
 
 def replace_rows(
-    output: Store, chunk_id: str, rows: pa.Table, positions: Iterable[int]
+    output: Store, chunk_id: str, rows: pa.Table, positions: Sequence[int]
 ) -> pa.Table:
-    """Return a chunk's rows as they are in the output, with those at `positions` replaced."""
+    """Return a chunk's rows as they are in the output, with those at `positions` replaced.
+
+    A row that is in error again keeps its names: where its shard is gone, the new one has none.
+    """
     old = read_chunk(output, chunk_id)
     take = list(range(old.num_rows))
     for number, position in enumerate(positions):
         take[position] = old.num_rows + number
+    named = old.take(list(positions))
+    for name in ("image_id", "shard", "key"):
+        kept = pc.if_else(pc.is_null(rows["error"]), rows[name], named[name])
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), kept)
     both = pa.concat_tables([old.replace_schema_metadata(None), rows])
     return both.take(take).combine_chunks()
 

@@ -190,11 +190,11 @@ class Trainer:
 
         Returns:
             The losses of all workers' images by name, their sum `loss`, `learning_rate`,
-            `gradient_norm` and `images`.
+            `gradient_norm` (not where fp16 overflowed, which skips the step) and `images`.
 
         Raises:
-            TrainingError: A loss is not finite; the message names the images. The weights are those of
-                the step before.
+            TrainingError: A loss or a gradient is not finite; the message names the images. The weights
+                are those of the step before.
         """
         # What is drawn in a step depends on nothing before it: a resumed run draws the same.
         seeds = (self.recipe.seed, self.steps, self.rank)
@@ -208,16 +208,12 @@ class Trainer:
         rate = learning_rate(self.recipe, epoch, round(images))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = self._update()
+        norm = self._update(micro_batches)
         self.steps += 1
         named = dict(zip(LOSSES, losses, strict=True))
-        return {
-            "loss": sum(losses),
-            **named,
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "images": images,
-        }
+        found = {"loss": sum(losses), **named, "learning_rate": rate, "images": images}
+        # JSON knows no infinity.
+        return found | ({"gradient_norm": norm} if math.isfinite(norm) else {})
 
     def _backward(self, samples: Sequence[Sample], num_micro_batches: int) -> Tensor:
         """Add the gradients of a micro-batch; return its losses and the images of all workers."""
@@ -230,16 +226,19 @@ class Trainer:
             dist.all_reduce(stats)
         all_sums, all_counts, num_images = torch.split(stats, [len(LOSSES), len(LOSSES), 1])
         if not bool(all_sums.isfinite().all()):
-            self._stop(sums, samples)
+            self._stop("the loss", [] if bool(sums.isfinite().all()) else samples)
         divisors = all_counts.clamp(min=1) * num_micro_batches
         self._scaler.scale((sums / (divisors / self.num_workers)).sum()).backward()
         return torch.cat([all_sums / divisors, num_images])
 
-    def _update(self) -> float:
+    def _update(self, micro_batches: Sequence[Sequence[Sample]]) -> float:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._scaler.unscale_(self.optimizer)
         limit = self.recipe.clip_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
+        # The scaler of fp16 leaves such a step out, and tries a smaller factor.
+        if not self._scaler.is_enabled() and not math.isfinite(norm):
+            self._stop("the gradient", [sample for samples in micro_batches for sample in samples])
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -249,18 +248,19 @@ class Trainer:
             _move_average(self.average, self.model.state_dict(), decay)
         return norm
 
-    def _stop(self, sums: Tensor, samples: Sequence[Sample]) -> None:
-        """Raise the error about a loss that is not finite, with the images of the workers that saw it."""
-        mine = [] if bool(sums.isfinite().all()) else [sample.image_id for sample in samples]
+    def _stop(self, what: str, suspects: Sequence[Sample]) -> None:
+        """Raise the error about what is not finite, with the suspects of all workers; all must call it."""
+        mine = [sample.image_id for sample in suspects]
         found = [mine]
         if self.num_workers > 1:
             found = [[] for _ in range(self.num_workers)]
             dist.all_gather_object(found, mine)
         names = ", ".join(name for some in found for name in some)
         raise TrainingError(
-            f"the loss of step {self.steps} is not finite, in a batch of {names}. Look at these images "
-            "and their annotations; if they are good, lower --learning-rate, lengthen --warmup-epochs or use "
-            "--precision bf16 or fp32. Run the same command again to go on from the last checkpoint."
+            f"{what} of step {self.steps} is not finite, in a batch of {names}. If these images and their "
+            "annotations are good, run the same command with a lower --learning-rate, a lower --clip-norm or "
+            "a longer --warmup-epochs to go on from the last checkpoint; mended images and another "
+            "--precision are a new training, with an --output of its own."
         )
 
     def _without_sharing(self) -> contextlib.AbstractContextManager[None]:

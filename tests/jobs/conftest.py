@@ -58,7 +58,9 @@ def put_packed(jpeg: Callable[..., bytes]) -> Callable[..., list[dict[str, Any]]
         for start in range(0, num_rows, shard_rows):
             put_shard(store, f"{start:08d}", rows[start : start + shard_rows], group_rows)
         categories = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
-        store.put("_manifest.json", json.dumps({"categories": categories}).encode())
+        shards = len(range(0, num_rows, shard_rows))
+        manifest = {"categories": categories, "shards": shards, "counts": {"images": num_rows}}
+        store.put("_manifest.json", json.dumps(manifest).encode())
         return rows
 
     return put

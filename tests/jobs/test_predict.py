@@ -2,8 +2,9 @@
 
 import io
 import json
+import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from jobs import pipeline
 from jobs.__main__ import main
 from jobs.storage import open_store
 from segmodel import scenes
@@ -286,6 +288,40 @@ def test_a_rerun_of_a_finished_job_does_nothing_and_says_so(
     assert "nothing to do" in capsys.readouterr().out
     after = {p: p.stat().st_mtime_ns for p in (local_table / "out").rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_objects_of_another_job_are_refused(
+    local_table: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(local_table / "out" / "predictions", tmp_path / "out" / "predictions")
+    assert predict(f"{local_table}/tars", f"{tmp_path}/out", tiny_bundle) == 2
+    assert "not of this job's plan, such as 00000000.parquet" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "out" / "_plan.json").exists()
+
+
+def test_a_chunk_that_is_gone_at_the_end_is_missed(
+    ray_local: Any,
+    local_table: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = pipeline.run
+
+    def then_removed(*arguments: Any) -> Iterator[Any]:
+        yield from run(*arguments)
+        next((tmp_path / "out" / "predictions").glob("[0-9]*.parquet")).unlink()
+
+    monkeypatch.setattr(pipeline, "run", then_removed)
+    job = (f"{local_table}/tars", f"{tmp_path}/out", tiny_bundle)
+    assert predict(*job) == 1
+    assert "1 chunks of" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    monkeypatch.undo()
+    assert predict(*job) == 0
 
 
 @pytest.mark.parametrize(

@@ -474,3 +474,15 @@ def test_images_of_a_manifest(store: Store, bucket: Any, tmp_path: Path) -> None
     assert [row["image_id"] for row in rows] == [f"m.csv#{uri}" for uri in uris]
     store.put("a.jpg", b"changed")
     assert kinds(read_all(chunks, source)) == ["changed", None, "missing"]
+
+
+def test_uris_of_a_manifest_that_cannot_be_objects_are_rows(store: Store, tmp_path: Path) -> None:
+    store.put("a.jpg", b"one")
+    (tmp_path / "folder.jpg").mkdir()
+    names = [str(tmp_path / name) for name in ("folder.jpg", "a" * 300 + ".jpg", "zero\0.jpg")]
+    uris = [store.url("a.jpg"), "s3://bad bucket!/x.jpg", *names]
+    output = open_store(str(tmp_path / "out"))
+    found = index.look_up(uris, None)
+    indexed = plan._list_images(found, "_plan/x/list-00000.parquet", cut(2), "m.csv", output)
+    rows = read_all(list(from_table(indexed.chunks)), source_of(store, output))
+    assert kinds(rows) == [None, *["missing"] * 4]

@@ -58,7 +58,7 @@ from jobs.stall import (
             {"CPU": 2.0},
             {"CPU": 1.0},
             "Chunks that lost their process are done image by image, under way: 13 of chunk 00000007, 0 of "
-            "chunk 00000009.",
+            "chunk 00000009. An actor wants 0.5 CPU; the cluster has 2 CPUs (1 free).",
         ),
     ],
 )

@@ -171,10 +171,25 @@ def test_a_missing_object_is_not_asked_again(store: Store, faults: FaultServer) 
 
 def test_an_endpoint_that_is_no_store(store: Store, faults: FaultServer) -> None:
     """A page of a web server must not be taken for an empty listing."""
-    page = b"<html><body>It works!</body></html>"
-    faults.on("GET", "list-type", lambda exchange: exchange.answer(Answer(200, [], page)))
-    with pytest.raises(StorageError, match="check that --endpoint-url is an S3 store"):
-        list(store.list_objects())
+    for page in (
+        b"<html><body>It works!</body></html>",
+        b"<!doctype html><meta charset=utf-8><title>Storage</title><br>It works!",
+    ):
+        answer = Answer(200, [], page)
+        faults.on("GET", "list-type", lambda exchange, answer=answer: exchange.answer(answer))  # type: ignore[misc]
+        with pytest.raises(StorageError, match="check that --endpoint-url is an S3 store"):
+            list(store.list_objects())
+        faults.clear()
+
+
+def test_a_listing_that_is_cut_off_or_garbled_is_asked_again(
+    store: Store, faults: FaultServer
+) -> None:
+    rules = [faults.on("GET", "list-type", fault, times=1) for fault in (cut(150), flip(3))]
+    assert [found.path for found in store.list_objects()] == ["a"]
+    assert [found.path for found in store.list_objects()] == ["a"]
+    assert [rule.hits for rule in rules] == [1, 1]
+    assert sum(retries.so_far().values()) == 2
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -368,6 +383,7 @@ def test_retries_of_a_block_and_of_all() -> None:
         ('"https://h/b?X-Amz-Date=1&X-Amz-Signature=abc&x=y" failed', '"https://h/b?***" failed'),
         ("https://h.blob/c?sv=1&sig=abc%3D", "https://h.blob/c?***"),
         ("s3://bucket/a:b@c?d", "s3://bucket/a:b@c?d"),
+        ("at s3://AKIAIOSFODNN7EXAMPLE:wJa/lr+X@bucket/p: no", "at s3://***@bucket/p: no"),
         ("key secret-of-the-test, token token-of-the-test", "key ***, token ***"),
     ],
 )
@@ -383,6 +399,7 @@ def test_texts_lose_their_secrets(text: str, shown: str, monkeypatch: pytest.Mon
         ("http://me:hunter2@host", True),
         ("https://host/b?X-Amz-Credential=a&X-Amz-Signature=b", True),
         ("s3://key:secret@bucket/a", True),
+        ("s3://AKIAIOSFODNN7EXAMPLE:wJal/rX+U@bucket/a", True),
         ("http://host:9000", False),
         ("hdfs://me@host/a", False),
         ("s3://bucket/a://b:c@d?sig=1", False),

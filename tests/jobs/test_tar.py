@@ -236,6 +236,25 @@ def test_a_negative_size_ends_the_archive(make_tar: Callable[..., bytes], size: 
     assert "b.jpg has a negative size" in damage
 
 
+def extension(kind: bytes, content: bytes, size: int | None = None) -> bytes:
+    """A header with a long name or PAX records in front of the next one."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(content) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_extension_headers_without_end_are_damage(
+    make_tar: Callable[..., bytes], kind: bytes
+) -> None:
+    data = make_tar([("a.jpg", b"1"), ("b.jpg", b"2")])
+    content = b"name.jpg\0" if kind == tarfile.GNUTYPE_LONGNAME else b"13 comment=xx\n"
+    for headers in (extension(kind, content) * 1000, extension(kind, b"", size=2**40)):
+        found, damage = found_in(data[:1024] + headers + data[1024:])
+        assert [member.key for member in found] == ["a.jpg"]
+        assert "the tar is damaged" in damage
+
+
 class Counting(io.BytesIO):
     """Counts the bytes that are read."""
 

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,12 +17,13 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs import checkpoints
+from jobs import checkpoints, train_task
 from jobs import train as verb
 from jobs.__main__ import main
-from jobs.config import TrainConfig
+from jobs.config import ConfigError, TrainConfig
 from jobs.storage import open_store
-from segmodel import bundle, scenes
+from segmodel import bundle, initial, scenes
+from segmodel.settings import ModelSettings
 from tests.conftest import Bucket
 from tests.jobs import ray_processes
 
@@ -330,6 +332,38 @@ def test_other_categories_keep_the_rest_of_the_model(
     ).all()
 
 
+def test_what_helps_a_loss_that_is_not_finite_may_change_and_nothing_else(
+    packed: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(train=str(packed / "train"), output=str(tmp_path / "out"))
+    task = train_task.make(config, gpus=False)
+    output = open_store(config.output)
+    train_task.freeze(output, config, task)
+    other = replace(config, learning_rate=0.001, warmup_epochs=2.0, clip_norm=1.0, workers=2)
+    train_task.freeze(output, other, task)
+    with pytest.raises(ConfigError, match=r"momentum was 0\.9 and is now 0\.5"):
+        train_task.freeze(output, replace(other, momentum=0.5), task)
+
+
+@pytest.mark.parametrize("norm", ["train", "sync"])
+def test_normalisation_that_is_constants_cannot_be_trained(
+    packed: Path, tmp_path: Path, norm: Literal["train", "sync"]
+) -> None:
+    settings = ModelSettings(
+        arch="resnet50_fpn", num_classes=5, min_size=64, max_size=96, norm="frozen"
+    )
+    categories = initial.numbered_categories([(n, f"c{n}") for n in range(1, 5)])
+    bundle.save(tmp_path / "model", initial.random_bundle(settings, categories, 0))
+    config = TrainConfig(
+        train=str(packed / "train"),
+        output=str(tmp_path / "out"),
+        model=str(tmp_path / "model"),
+        norm=norm,
+    )
+    with pytest.raises(ConfigError, match="is constants"):
+        train_task.make(config, gpus=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
@@ -337,6 +371,8 @@ def test_other_categories_keep_the_rest_of_the_model(
         (["--workers", "two"], "N or MIN..MAX"),
         (["--model", "x", "--arch", "small"], "leave --arch out"),
         (["--norm", "sync"], "needs GPUs"),
+        (["--device", "gpu"], "this Ray has no GPU"),
+        (["--batch-size", "4", "--accumulate", "20", "--epochs", "2"], "make no step of 1 workers"),
         (["--scale-min", "2", "--scale-max", "1"], "--scale-min"),
     ],
 )

@@ -203,6 +203,14 @@ def test_rows_are_replaced_where_they_stand(output: Store) -> None:
     assert write.failed_positions(output, ["1"]) == {"1": (3,)}
 
 
+def test_a_row_that_is_in_error_again_keeps_its_names(output: Store) -> None:
+    write.put_chunk(output, "1", table(*ROWS), {"run_id": "old"})
+    new = table(row("00000003", error="missing: the shard is gone"))
+    replaced = write.replace_rows(output, "1", new, (3,)).to_pylist()
+    assert [r["key"] for r in replaced] == ["a", "b", "c", "d", "e"]
+    assert replaced[3]["error"] == "missing: the shard is gone"
+
+
 def test_failed_positions(local: Store) -> None:
     write.put_chunk(local, "1", table(*ROWS), {})
     write.put_chunk(local, "2", table(row("a")), {})

@@ -201,6 +201,20 @@ def test_only_weights_decay() -> None:
     assert len(decayed["params"]) + len(plain["params"]) == count
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 10.0])
+def test_a_gradient_that_is_not_finite_stops_with_the_images(clip_norm: float) -> None:
+    one = trainer(clip_norm=clip_norm, ema_decay=0.9)
+    before = {name: tensor.clone() for name, tensor in one.weights().items()}
+    parameter = next(p for p in one.model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * torch.nan)
+    batch = pairs(1)[0]
+    with pytest.raises(TrainingError, match="the gradient of step 0 is not finite") as raised:
+        one.step([batch], epoch=0.0)
+    assert all(sample.image_id in str(raised.value) for sample in batch)
+    after = one.weights()
+    assert all(torch.equal(before[name], after[name]) for name in before if "running" not in name)
+
+
 def test_gradients_are_clipped_to_the_norm() -> None:
     one = trainer(clip_norm=1e-6, learning_rate=1.0, momentum=0.0, weight_decay=0.0)
     before = [parameter.detach().clone() for parameter in one.model.parameters()]
