@@ -38,8 +38,7 @@ class Patience:
 
     Attributes:
         attempts: For each request; twelve ride out at least 42 s, and 64 s on average.
-        checksum_attempts: Where what arrives is damaged or no answer at all: in transit it is once, in
-            the store always.
+        checksum_attempts: Where what arrives is damaged: in transit it is once, in the store always.
         first_wait_s: Before the second attempt, at most; it doubles with each, and at least half of
             it is waited.
         longest_wait_s: Between two attempts, at most.
@@ -56,7 +55,7 @@ class Patience:
 
     def attempts_for(self, kind: str) -> int:
         """Return how often to ask where an attempt failed so; `kind` is empty where it is final."""
-        if kind in (s3_errors.CHECKSUM, s3_errors.GARBLED):
+        if kind == s3_errors.CHECKSUM:
             return self.checksum_attempts
         return self.attempts if kind else 1
 

@@ -1,7 +1,6 @@
 """What goes wrong at a store that speaks S3: what may pass, and what to do about the rest."""
 
 import botocore.exceptions
-import botocore.parsers
 
 from jobs.redact import without_secrets
 from jobs.store import DamagedError
@@ -9,12 +8,10 @@ from jobs.store import DamagedError
 FAILURES = (
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.ClientError,
-    # Not one of botocore's other errors: an answer that is no XML, a part of one or a web page.
-    botocore.parsers.ResponseParserError,
     DamagedError,
 )
 
-CHECKSUM, GARBLED = "checksum", "garbled"
+CHECKSUM = "checksum"
 NO_STORE = "the answer is not that of a store: check that --endpoint-url is an S3 store"
 # Trouble that may pass, by how it is counted. What is neither here nor below is permanent.
 _PASSING_STATUS = (429, 500, 502, 503, 504)
@@ -29,7 +26,6 @@ _PASSING_CODES = {
 }
 _PASSING_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (DamagedError, CHECKSUM),
-    (botocore.parsers.ResponseParserError, GARBLED),
     (botocore.exceptions.FlexibleChecksumError, CHECKSUM),
     (botocore.exceptions.ReadTimeoutError, "timeout"),
     (botocore.exceptions.ConnectTimeoutError, "timeout"),
@@ -61,6 +57,9 @@ _ADVICE = {
     "InvalidObjectState": "the object is archived: restore it first",
     "NotImplemented": "the store does not know such a request: conditional puts and ranged reads "
     "are needed",
+    # What botocore makes of an answer that is no XML, too: a web page.
+    "500": "the store fails, or is none: check that --endpoint-url is an S3 store, and run the same "
+    "command again to go on",
     "405": NO_STORE,
     "MethodNotAllowed": NO_STORE,
 }
@@ -95,8 +94,6 @@ def passing(error: Exception) -> str:
 
 def advice(error: Exception) -> str:
     """Return what happened and what to do about it; it holds no secrets."""
-    if isinstance(error, botocore.parsers.ResponseParserError):
-        return NO_STORE
     # Its own retries are off.
     words = without_secrets(str(error)).replace(" (reached max retries: 0)", "")
     if isinstance(error, botocore.exceptions.ClientError):
