@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/segjobs demo
 
-# The model that the demo ships, trained again from nothing: about half an hour on two cores.
+# The model that the demo ships, trained again from nothing: fifty minutes on two cores.
 demo-model: .venv/.ready
 	$(BIN)/python -m jobs.demo_model build/demo-model
 
