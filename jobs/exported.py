@@ -20,7 +20,7 @@ COLUMNS = ("image_id", "shard", "key", "height", "width", "status", "detections"
 # Rows that are dictionaries at once: with 100 detections each, some 10 MB.
 BATCH_SIZE = 64
 # Rows of which ids and categories are read at once.
-SURVEY_BATCH_SIZE = 8192
+SURVEY_BATCH_SIZE = 1024
 
 
 @dataclass

@@ -124,7 +124,8 @@ def test_datumaro_opens_instances(table: tuple[str, list[Row]], tmp_path: Path) 
         items = {item.attributes["id"]: item for item in found}
     assert len(items) == len(rows)
     for number, one in enumerate(rows, start=1):
-        masks = sorted(items[number].annotations, key=lambda mask: mask.id)
+        found = [of for of in items[number].annotations if hasattr(of, "rle")]
+        masks = sorted(found, key=lambda mask: mask.id)
         for mask, wanted in zip(masks, one["detections"], strict=True):
             assert mask.get_area() == wanted["area"]
             assert list(mask.get_bbox()) == wanted["bbox"]
