@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pycocotools.coco import COCO
 
 from jobs import tables
 from jobs.__main__ import main
+from jobs.json_files import image_url
 from jobs.storage import open_store
 from jobs.store import Store
 from segmodel import class_map, rle, scenes
@@ -384,3 +386,64 @@ def test_one_batch_is_held_at_a_time(
     export(uri, "coco-instances", tmp_path / "i.json")
     assert len(read) > 2
     assert len(written) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key", "url"),
+    [
+        ("https://x.org/p", "a b#.jpg", "https://x.org/p/s/a%20b%23.jpg"),
+        ("/data/local-files/?d=", "a&b.jpg", "/data/local-files/?d=s/a%26b.jpg"),
+        ("s3://bucket/p/", "a b%.jpg", "s3://bucket/p/s/a b%.jpg"),
+        ("https://x.org", "gs://photos/a b.jpg", "gs://photos/a b.jpg"),
+    ],
+)
+def test_where_label_studio_finds_an_image(prefix: str, key: str, url: str) -> None:
+    assert image_url({"shard": "s", "key": key}, prefix) == url
+
+
+def test_label_studio_needs_a_prefix_and_its_sdk(
+    table: tuple[str, list[Row]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        export(table[0], "labelstudio", tmp_path / "t.json")
+    assert "--image-prefix" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "label_studio_sdk.converter.brush", None)
+    assert export(table[0], "labelstudio", tmp_path / "t.json", "--image-prefix=/x") == 1
+    assert "segjobs[labelstudio]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_truth_has_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = scene_rows()
+    for one in rows:
+        one["detections"] = [d | {"score": None} for d in one["detections"]]
+    put(open_store(str(tmp_path / "t")), rows)
+    assert export(str(tmp_path / "t"), "coco-results", tmp_path / "r.json") == 1
+    assert "coco-instances" in capsys.readouterr().err
+    assert export(str(tmp_path / "t"), "coco-instances", tmp_path / "i.json") == 0
+    assert all("score" not in one for one in opened(tmp_path / "i.json").anns.values())
+
+
+def test_a_manifest_names_categories_that_nothing_has(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "t"))
+    put(store, scene_rows())
+    store.put("_manifest.json", json.dumps({"categories": [{"id": 99, "name": "none"}]}).encode())
+    assert export(str(tmp_path / "t"), "coco-instances", tmp_path / "i.json") == 0
+    assert opened(tmp_path / "i.json").cats[99]["name"] == "none"
+
+
+def test_masks_without_pixels_have_no_polygon(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = scene_rows()
+    empty = coco_mask.encode(np.zeros((96, 128), np.uint8, order="F"))["counts"].decode()
+    one = next(r["detections"][0] for r in rows if r["detections"])
+    one |= {"segmentation": {"size": [96, 128], "counts": empty}, "area": 0.0}
+    put(open_store(str(tmp_path / "t")), rows)
+    assert export(str(tmp_path / "t"), "yolo-seg", tmp_path / "o") == 0
+    assert "1 detections are left out: their masks are empty" in capsys.readouterr().out
+    lines = [line for p in tmp_path.rglob("*.txt") for line in p.read_text().splitlines()]
+    assert len(lines) == sum(len(r["detections"]) for r in rows) - 1
