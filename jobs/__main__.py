@@ -13,6 +13,7 @@ from jobs.config import (
     ConfigError,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     InitConfig,
     PackConfig,
     Parser,
@@ -31,6 +32,7 @@ VERBS: dict[str, type[Any]] = {
     "pack": PackConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "demo": DemoConfig,
 }
 

@@ -310,6 +310,46 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Turn a table of masks into what the tools read that people label, train and evaluate with."""
+
+    predictions: str = option("output of predict, or another folder of Parquet in the one schema")
+    to: Literal["coco-results", "coco-instances", "labelstudio", "yolo-seg", "semantic-png"] = (
+        option("what to make; the first three are one JSON file, the others a folder")
+    )
+    output: str = option("the JSON file, or the folder or prefix: a path or a URI")
+    score_threshold: float | None = option("leave out detections that score lower", None)
+    annotations: str | None = option(
+        "of coco-results: COCO instances file whose image ids are taken; else images are numbered as "
+        "in coco-instances",
+        None,
+    )
+    subset: bool = option("leave out images that --annotations has not", False)  # noqa: FBT003
+    image_prefix: str | None = option(
+        "of labelstudio: what stands before shard and key in the images' URLs, such as "
+        "s3://bucket/photos or /data/local-files/?d=photos",
+        None,
+    )
+    overwrite: bool = option("replace what is at the output already", False)  # noqa: FBT003
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
+        if self.annotations is not None and self.to != "coco-results":
+            raise ConfigError("--annotations is of --to coco-results alone: leave it out")
+        if self.to == "labelstudio" and self.image_prefix is None:
+            raise ConfigError(
+                "--to labelstudio needs --image-prefix: where Label Studio finds the images, such as "
+                "s3://bucket/photos"
+            )
+        if holds_credentials(self.image_prefix or ""):
+            raise ConfigError(
+                "--image-prefix holds a password or a signature, and would stand in every task: let "
+                "Label Studio sign URLs by a storage connection of its own"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Make synthetic shards, predict them, and show what came out: one machine, no network."""
 

@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from jobs.store import ObjectInfo, StorageError, Store
 
 # pyarrow's own three attempts give up after 1.5 s of 503s.
 S3_ATTEMPTS = 10
+# Of a local file, held at once while it is copied.
+COPY_BYTES = 8 * 2**20
 
 # What S3 and its like accept, and the names of access points.
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:_-]+")
@@ -77,12 +79,21 @@ class ArrowStore(Store):
 
     @override
     def put(self, path: str, data: bytes) -> None:
+        self._put_parts(path, [data])
+
+    @override
+    def put_file(self, path: str, source: Path) -> None:
+        with source.open("rb") as file:
+            self._put_parts(path, iter(lambda: file.read(COPY_BYTES), b""))
+
+    def _put_parts(self, path: str, parts: Iterable[bytes]) -> None:
         if self.filesystem.type_name in ("gcs", "abfs"):
             # Object stores: the object appears whole when the stream is closed.
             with self.filesystem.open_output_stream(self._full(path)) as stream:
-                stream.write(data)
+                for part in parts:
+                    stream.write(part)
         else:
-            self.filesystem.move(self._put_aside(path, data), self._full(path))
+            self.filesystem.move(self._put_aside(path, parts), self._full(path))
 
     @override
     def put_if_absent(self, path: str, data: bytes) -> bool:
@@ -93,7 +104,7 @@ class ArrowStore(Store):
                 return False
             self.put(path, data)
             return True
-        aside = Path(self._put_aside(path, data))
+        aside = Path(self._put_aside(path, [data]))
         try:
             os.link(aside, self._full(path))
         except FileExistsError:
@@ -114,15 +125,16 @@ class ArrowStore(Store):
     def _full(self, path: str) -> str:
         return f"{self.root.rstrip('/')}/{path}" if self.root and path else self.root or path
 
-    def _put_aside(self, path: str, data: bytes) -> str:
-        """Write `data` beside `path`, under a name that no reader looks at."""
+    def _put_aside(self, path: str, parts: Iterable[bytes]) -> str:
+        """Write `parts` beside `path`, under a name that no reader looks at."""
         folder, slash, name = self._full(path).rpartition("/")
         if folder:
             self.filesystem.create_dir(folder, recursive=True)
         aside = f"{folder}{slash}.{name}.{uuid.uuid4().hex}"
         try:
             with self.filesystem.open_output_stream(aside) as stream:
-                stream.write(data)
+                for part in parts:
+                    stream.write(part)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.filesystem.delete_file(aside)

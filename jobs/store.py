@@ -4,6 +4,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
@@ -70,6 +71,10 @@ class Store(ABC):
     @abstractmethod
     def put(self, path: str, data: bytes) -> None:
         """Write an object atomically: readers see the old one or the new one, never a part."""
+
+    def put_file(self, path: str, source: Path) -> None:
+        """Write a local file as an object, atomically too, and without holding all of it."""
+        self.put(path, source.read_bytes())
 
     @abstractmethod
     def put_if_absent(self, path: str, data: bytes) -> bool:

@@ -1,7 +1,7 @@
 """Tables of the one schema that lie at a URI: whose images they hold, and their rows, a row group at a time."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -106,6 +106,35 @@ def stream(store: Store, group: RowGroup, batch_size: int) -> Iterator[pa.Record
         yield from file.iter_batches(batch_size, row_groups=[group.number], columns=list(COLUMNS))
 
 
+def scan(
+    store: Store, infos: Iterable[ObjectInfo], columns: Sequence[str], batch_size: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield columns of the rows of objects, one row group after another, page checksums verified.
+
+    Args:
+        store: The folder of the objects.
+        infos: Tables of the one schema.
+        columns: Names; `detections.category` is that field alone of the structs in `detections`.
+        batch_size: Rows, at most.
+
+    Raises:
+        InputError: An object is not of the one schema.
+        StorageError: One cannot be read.
+    """
+    for info in infos:
+        with _named_errors(store, info):
+            file = _file(store, info)
+            _check_columns(store.url(info.path), file.schema_arrow.names)
+            yield from file.iter_batches(batch_size, columns=_leaves(file, columns))
+
+
+def model(store: Store, info: ObjectInfo) -> str:
+    """Return the digest of the model that made an object; empty where its footer does not say."""
+    with _named_errors(store, info):
+        footer: dict[bytes, bytes] = _file(store, info).metadata.metadata or {}
+    return footer.get(_MODEL, b"").decode()
+
+
 @contextlib.contextmanager
 def _named_errors(store: Store, info: ObjectInfo) -> Iterator[None]:
     """Name the object in what Arrow says about a damaged one."""
@@ -134,6 +163,17 @@ def _check_columns(url: str, present: Sequence[str]) -> None:
     missing = [name for name in dict.fromkeys((*NAMES, *COLUMNS)) if name not in present]
     if missing:
         raise InputError(f"{url} is no table of the one schema: it has no {', '.join(missing)}")
+
+
+def _leaves(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
+    """Return columns as Parquet names them: what writers call the elements of a list differs."""
+    paths = [file.schema.column(n).path for n in range(len(file.schema))]
+    wanted = [name for name in columns if "." not in name]
+    for name in columns:
+        column, dot, field = name.partition(".")
+        if dot:
+            wanted += [p for p in paths if p.startswith(f"{column}.") and p.endswith(f".{field}")]
+    return wanted
 
 
 def _file(store: Store, info: ObjectInfo) -> pq.ParquetFile:
