@@ -17,6 +17,7 @@ from jobs.config import (
     PackConfig,
     Parser,
     PredictConfig,
+    ReportConfig,
     StatusConfig,
     TrainConfig,
     from_namespace,
@@ -31,6 +32,7 @@ VERBS: dict[str, type[Any]] = {
     "pack": PackConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "report": ReportConfig,
     "demo": DemoConfig,
 }
 

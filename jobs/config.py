@@ -306,6 +306,36 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Make a page to look at: overlays, counts, scores, errors, and with the truth what is wrong."""
+
+    predictions: str = option("output of predict, or another folder of Parquet in the one schema")
+    images: str = option("what the table was made of: folder, prefix, shard or manifest")
+    output: str = option("folder or prefix of the page (index.html) and its thumbnails")
+    truth: str | None = option("a COCO instances JSON, or a packed set, to compare with", None)
+    subset: bool = option("leave out predictions of images that the truth has not", False)  # noqa: FBT003
+    score_threshold: float = option(
+        "from which a detection counts as found, and is drawn at first; AP takes all", 0.5
+    )
+    examples: int = option("images of each group of the gallery, at most", 24)
+    seed: int = option("of the images that are drawn at random", 0)
+    max_pixels: int = option("larger images are not decoded", MAX_PIXELS)
+    address: str | None = option(
+        "Ray cluster for the comparison with the truth; if left out RAY_ADDRESS or a local Ray, and none "
+        "for small tables",
+        None,
+    )
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
+        # More would not fit into the 20 MB that a page may have.
+        _check("examples", self.examples, lambda v: 1 <= v <= 24, "from 1 to 24")
+        _check("seed", self.seed, lambda v: v >= 0, "0 or more")
+        _check("max_pixels", self.max_pixels, lambda v: v >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Make synthetic shards, predict them, and show what came out: one machine, no network."""
 
