@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from jobs import tables
 from jobs.pairing import NONE, Pairing
@@ -343,5 +344,6 @@ def _rows(
     columns = (*COLUMNS, "shard", "key", "error")
     for batch in tables.stream(table.store, group, BATCH_SIZE, columns):
         here = [number - start for number in wanted if start <= number < start + batch.num_rows]
-        yield from zip((start + n for n in here), batch.take(here).to_pylist(), strict=True)
+        taken = batch.take(pa.array(here, pa.int64())).to_pylist()
+        yield from zip((start + n for n in here), taken, strict=True)
         start += batch.num_rows

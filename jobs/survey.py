@@ -25,7 +25,7 @@ Int64: TypeAlias = npt.NDArray[np.int64]
 
 SCORE_EDGES: Float64 = np.arange(21) / 20
 # Mask pixels, by factors of two; the last bin takes all that is larger.
-SIZE_EDGES: Float64 = 2.0 ** np.arange(25)
+SIZE_EDGES: Float64 = np.array([2**n for n in range(25)], np.float64)
 BATCH_SIZE = 4096
 # Kinds of error are a short list; a foreign table may hold anything.
 MOST_KINDS, MAX_KIND = 32, 40

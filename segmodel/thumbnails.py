@@ -37,7 +37,7 @@ def encode(image: UInt8, longest: int = LONGEST_SIDE, max_bytes: int = MAX_BYTES
     data = b""
     for quality in QUALITIES:
         file = io.BytesIO()
-        small.save(file, "WEBP", quality=quality, method=4)
+        small.save(file, "WEBP", quality=quality, method=2)
         data = file.getvalue()
         if len(data) <= max_bytes:
             break

@@ -35,8 +35,8 @@ function colourOf(item, place) {
   const n = at("colour").value === "class" ? item.c : place;
   if (n < data.palette.length) return data.palette[n];
   // Far from its neighbours on the wheel: the golden angle.
-  const hue = (n * 137.508) % 360, a = 0.5 * Math.min(0.55, 0.45);
-  const channel = (k) => Math.round(255 * (0.55 - a * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+  const hue = (n * 137.508) % 360;
+  const channel = (k) => Math.round(255 * (0.55 - 0.25 * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
   return [0, 8, 4].map((k) => channel((k + hue / 30) % 12));
 }
 const css = (rgb) => `rgb(${rgb.join()})`;

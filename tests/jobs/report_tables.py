@@ -1,6 +1,5 @@
 """Tables with their images, for the tests of the report: scenes with known truth, and what was found."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -112,15 +111,19 @@ def _one_truth() -> list[Row]:
     return found
 
 
-def make_tar(folder: Path, names: list[str], size_hw: tuple[int, int]) -> None:
-    """Write `images/a.tar` of noise, which no codec makes small."""
+def make_noise(folder: Path, names: list[str], size_hw: tuple[int, int]) -> None:
+    """Write images of noise, which no codec makes small."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    with tarfile.open(folder / "a.tar", "w") as archive:
+    for name in names:
+        noise = rng.integers(0, 256, (*size_hw, 3), np.uint8)
+        Image.fromarray(noise).save(folder / name, "JPEG")
+
+
+def make_tar(path: Path, names: list[str]) -> None:
+    """Write a tar of small images of noise."""
+    made = path.with_suffix("")
+    make_noise(made, names, (16, 16))
+    with tarfile.open(path, "w") as archive:
         for name in names:
-            data = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (*size_hw, 3), np.uint8)).save(data, "JPEG")
-            member = tarfile.TarInfo(name)
-            member.size = data.tell()
-            data.seek(0)
-            archive.addfile(member, data)
+            archive.add(made / name, name)
