@@ -47,7 +47,7 @@ def parsed(class_: type[Any], arguments: list[str]) -> Any:
 
 
 # Fields whose range has none of the values below.
-SPECIAL = {"freeze_stages": 2}
+SPECIAL = {"freeze_stages": 2, "examples": 7}
 
 
 def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
