@@ -69,8 +69,13 @@ class Opened:
 
     def first_canvas(self) -> Any:
         self.tab.locator(".tile canvas").first.scroll_into_view_if_needed()
-        self.tab.wait_for_function('document.querySelector(".tile canvas").width !== 300')
-        return self.tab.locator(".tile canvas").first
+        canvas = self.tab.locator(".tile canvas").first
+        # It is drawn when it comes into view. The page's own policy forbids waiting by `eval`.
+        for _ in range(200):
+            if canvas.evaluate("(canvas) => canvas.width !== 300"):
+                break
+            self.tab.wait_for_timeout(25)
+        return canvas
 
 
 @pytest.fixture
