@@ -16,14 +16,13 @@ from jobs.config import (
     ExportConfig,
     InitConfig,
     PackConfig,
-    Parser,
     PredictConfig,
+    ReportConfig,
     StatusConfig,
     TrainConfig,
-    from_namespace,
-    parser_for,
 )
 from jobs.console import error_console
+from jobs.flags import Parser, from_namespace, parser_for
 
 VERBS: dict[str, type[Any]] = {
     "predict": PredictConfig,
@@ -33,6 +32,7 @@ VERBS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
     "demo": DemoConfig,
 }
 

@@ -1,27 +1,18 @@
 """One frozen, validated dataclass for each verb; a field is a flag, a key of the YAML file, and a help line.
 
-jsonargparse reads flags and `--config FILE.yaml`, checks types, refuses what it does not know and
-prints the effective configuration; what a value may be is checked here, when the dataclass is made.
+`flags` makes command lines of them; what a value may be is checked here, when the dataclass is made.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass
-from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
-
-import jsonargparse
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
 
 from jobs.detect import Format
 from jobs.redact import holds_credentials
 from segmodel.images import MAX_PIXELS
 from segmodel.settings import ARCHITECTURES, Architecture, Precision
-
-Config = TypeVar("Config")
-
-# How jsonargparse names a flag of the command line, or a key of a YAML file, that it does not know.
-_UNKNOWN = re.compile(r"(?:unrecognized arguments: |[Oo]ption ')([^\s'=]+)")
 
 _ENDPOINT_HELP = (
     "S3-compatible store, for example http://127.0.0.1:9000; AWS_ENDPOINT_URL if left out"
@@ -350,6 +341,36 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Make a page to look at: overlays, counts, scores, errors, and with the truth what is wrong."""
+
+    predictions: str = option("output of predict, or another folder of Parquet in the one schema")
+    images: str = option("what the table was made of: folder, prefix, shard or manifest")
+    output: str = option("folder or prefix of the page (index.html) and its thumbnails")
+    truth: str | None = option("a COCO instances JSON, or a packed set, to compare with", None)
+    subset: bool = option("leave out predictions of images that the truth has not", False)  # noqa: FBT003
+    score_threshold: float = option(
+        "from which a detection counts as found, and is drawn at first; AP takes all", 0.5
+    )
+    examples: int = option("images of each group of the gallery, at most", 24)
+    seed: int = option("of the images that are drawn at random", 0)
+    max_pixels: int = option("larger images are not decoded", MAX_PIXELS)
+    address: str | None = option(
+        "Ray cluster for the comparison with the truth; if left out RAY_ADDRESS or a local Ray, and none "
+        "for small tables",
+        None,
+    )
+    endpoint_url: str | None = option(_ENDPOINT_HELP, None)
+
+    def __post_init__(self) -> None:
+        _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
+        # More would not fit into the 20 MB that a page may have.
+        _check("examples", self.examples, lambda v: 1 <= v <= 24, "from 1 to 24")
+        _check("seed", self.seed, lambda v: v >= 0, "0 or more")
+        _check("max_pixels", self.max_pixels, lambda v: v >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Make synthetic shards, predict them, and show what came out: one machine, no network."""
 
@@ -360,62 +381,6 @@ class DemoConfig:
     def __post_init__(self) -> None:
         _check("scenes", self.scenes, lambda v: v >= 1, "1 or more")
         _check("seed", self.seed, lambda v: v >= 0, "0 or more")
-
-
-def parser_for(config_class: type[Any]) -> jsonargparse.ArgumentParser:
-    """Return the parser of one verb: a flag for each field of its dataclass."""
-    parser = Parser(description=config_class.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--config", action="config", help="YAML file with the keys below; flags win"
-    )
-    hints = get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        _add_flag(parser, field, hints[field.name])
-    return parser
-
-
-def from_namespace(config_class: type[Config], values: jsonargparse.Namespace) -> Config:
-    """Make a verb's configuration of what its parser read.
-
-    Raises:
-        ConfigError: A value is out of range, or the endpoint has credentials in it.
-    """
-    names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    given = {name: value for name, value in vars(values).items() if name in names}
-    if holds_credentials(given.get("endpoint_url") or ""):
-        raise ConfigError(
-            "--endpoint-url holds a password or a signature, and would stand in the manifest: give "
-            "credentials by AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
-        )
-    return config_class(**given)
-
-
-class Parser(jsonargparse.ArgumentParser):
-    """Adds the nearest known name to the error about an unknown one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the usage and `message`, and exit with 2."""
-        if unknown := _UNKNOWN.search(message):
-            # An unknown key of a YAML file is reported to the parser above the verb's.
-            parser = getattr(ex, "subcommand_parser", None) or self
-            known = [name for a in parser._actions for name in (*a.option_strings, a.dest)]
-            if close := difflib.get_close_matches(unknown[1], known, n=1):
-                message = f"{message} - did you mean {close[0]}?"
-        super().error(message, ex)
-
-
-def _add_flag(parser: jsonargparse.ArgumentParser, field: "Field[Any]", hint: Any) -> None:
-    help_ = field.metadata["help"]
-    if field.metadata["positional"]:
-        parser.add_argument(field.name, type=hint, help=help_)
-        return
-    flag = "--" + field.name.replace("_", "-")
-    if hint is bool:
-        parser.add_argument(flag, action="store_true", help=help_)
-    elif field.default is MISSING:
-        parser.add_argument(flag, type=hint, required=True, help=help_)
-    else:
-        parser.add_argument(flag, type=hint, default=field.default, help=help_)
 
 
 def _check(name: str, value: Any, holds: Callable[[Any], bool], words: str) -> None:

@@ -1,7 +1,7 @@
 """`segjobs demo [--output DIR]`: the main job on one machine with no network, small.
 
 Input: none. Output: synthetic shards with known truth, the table that `predict` makes of them with
-the shipped model, its evaluation, and `overlays.png`, a picture of truth and predictions. The
+the shipped model, its evaluation, `overlays.png`, a picture of truth and predictions, and the report, a page to look at. The
 commands are printed, so that they can be typed.
 """
 
@@ -41,12 +41,19 @@ def run(config: DemoConfig) -> int:
     seeds = range(config.seed, config.seed + config.scenes)
     made = scene_shards.make(folder, seeds, SCENES_PER_SHARD)
     console.print(f"{config.scenes} synthetic scenes with known truth are in {folder}/shards.\n")
-    code = _segjobs(
-        *("predict", "--input", f"{folder}/shards", "--model", str(MODEL)),
-        *("--output", f"{folder}/table", "--chunk-size", str(SCENES_PER_SHARD)),
-    ) or _segjobs(
-        *("evaluate", "--predictions", f"{folder}/table"),
-        *("--annotations", f"{folder}/truth.json", "--output", f"{folder}/evaluation"),
+    code = (
+        _segjobs(
+            *("predict", "--input", f"{folder}/shards", "--model", str(MODEL)),
+            *("--output", f"{folder}/table", "--chunk-size", str(SCENES_PER_SHARD)),
+        )
+        or _segjobs(
+            *("evaluate", "--predictions", f"{folder}/table"),
+            *("--annotations", f"{folder}/truth.json", "--output", f"{folder}/evaluation"),
+        )
+        or _segjobs(
+            *("report", "--predictions", f"{folder}/table", "--images", f"{folder}/shards"),
+            *("--truth", f"{folder}/truth.json", "--output", f"{folder}/report"),
+        )
     )
     if code:
         return code
@@ -56,7 +63,8 @@ def run(config: DemoConfig) -> int:
     _draw(picture, made, {row["key"]: row for row in rows})
     console.print(
         f"\nOverlays: {picture} (left the truth, right what the model finds at a score of {SHOWN_SCORE} "
-        f"or more).\nEvaluation: {folder}/evaluation."
+        f"or more).\nEvaluation: {folder}/evaluation.\nReport, to be opened in a browser: "
+        f"{(folder / 'report' / 'index.html').absolute()}"
     )
     return 0
 

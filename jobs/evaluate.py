@@ -8,76 +8,31 @@ are large; the driver holds the ids of the images and 37 bytes for each detectio
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import ray
 from rich.table import Table
 from rich.text import Text
 
-from jobs import tables
-from jobs.cluster import connect, plain_errors, resources
+from jobs.cluster import plain_errors
+from jobs.comparison import Asked, Result, compared
 from jobs.config import EvaluateConfig
 from jobs.console import ImageProgress, console, facts, size
-from jobs.pairing import BASE_NAME, NONE, Pairing, pair
+from jobs.pairing import BASE_NAME, Pairing, pair
 from jobs.plan import PLAN
-from jobs.reference import Rows, Truth, open_truth
+from jobs.reference import Truth, open_truth
 from jobs.storage import open_store
 from jobs.store import Store
-from jobs.tables import RowGroup, Tables, open_tables
+from jobs.tables import Tables, open_tables
 from jobs.write import SUCCESS
-from segmodel import evaluation, plots
+from segmodel import plots
 from segmodel.confusion import BACKGROUND, IOU_THRESHOLD, Confusion
-from segmodel.evaluation import CocoMatches, Evaluation
+from segmodel.evaluation import Evaluation
 from segmodel.metrics import Metrics
-
-Int64: TypeAlias = npt.NDArray[np.int64]
-
-# Images compared at once: what a task holds of the truth, some MB.
-IMAGES_PER_PART = 1000
-# Predictions are read in batches of so many images.
-BATCH_SIZE = 64
-# 4.5 MiB of predictions (2,000 images, 25 detections each) take 3.3 s on one core of an AMD EPYC,
-# and a local Ray with its workers' imports some 8 s: up to this size one process is as quick as two.
-BYTES_WITHOUT_RAY = 16 * 2**20
-# Results that wait for the driver, for each CPU.
-PARTS_PER_CPU = 2
 
 # A terminal's height; metrics.json has all of them.
 CATEGORIES_SHOWN = 30
 
 METRICS, CURVES, CONFUSION = "metrics.json", "precision_recall.png", "confusion.png"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Images that are compared at once.
-
-    Attributes:
-        groups: Row groups of predictions, each with the numbers of its rows' images in the truth, or
-            `pairing.NONE`.
-        missing: Numbers of images without a prediction.
-    """
-
-    groups: tuple[tuple[RowGroup, Int64], ...] = ()
-    missing: Int64
-
-    @property
-    def places(self) -> Int64:
-        """Numbers of all its images, ascending."""
-        places = np.concatenate([self.missing, *(places for _, places in self.groups)])
-        return np.sort(places[places != NONE])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came out of some images; results are merged."""
-
-    matches: CocoMatches
-    confusion: Confusion
 
 
 def run(config: EvaluateConfig) -> int:
@@ -86,11 +41,11 @@ def run(config: EvaluateConfig) -> int:
     predictions = open_tables(config.predictions, config.endpoint_url)
     paired = pair(truth.names, predictions.names, truth.ways, subset=config.subset)
     _show_inputs(truth, predictions, paired)
-    total = Result(matches=CocoMatches(), confusion=Confusion(config.score_threshold))
+    asked = Asked(score_threshold=config.score_threshold, address=config.address)
+    total = Result.none(asked)
     with ImageProgress(len(truth.names), 0) as progress, plain_errors():
-        for part, result in _compared(config, truth, predictions, paired):
-            total.matches.merge(result.matches)
-            total.confusion.merge(result.confusion)
+        for part, result in compared(asked, truth, predictions, paired):
+            total.merge(result)
             progress.advance(len(part.places))
     scores = total.matches.summary(truth.image_order)
     _show_scores(scores)
@@ -101,87 +56,6 @@ def run(config: EvaluateConfig) -> int:
         _put_plots(output, scores, total.confusion)
         console.print(f"Numbers and plots: {output.url(METRICS)}, {CURVES}, {CONFUSION}")
     return 0
-
-
-def compare(part: Part, truth: Rows, predictions: Store, score_threshold: float) -> Result:
-    """Compare some images.
-
-    Args:
-        part: Which.
-        truth: Of all images.
-        predictions: The store of the part's row groups.
-        score_threshold: Of the confusion matrix.
-    """
-    places = part.places
-    wanted = truth.take(places).combine_chunks()
-    result = Result(matches=CocoMatches(), confusion=Confusion(score_threshold))
-    for row, found in evaluation.pairs(wanted, _renamed(part, places, wanted, predictions)):
-        result.matches.add(row, found)
-        result.confusion.add(row, found)
-    return result
-
-
-def _renamed(
-    part: Part, places: Int64, wanted: pa.Table, predictions: Store
-) -> Iterator[pa.RecordBatch]:
-    """Yield a part's predictions with the ids of their images in the truth."""
-    for group, group_places in part.groups:
-        start = 0
-        for batch in tables.stream(predictions, group, BATCH_SIZE):
-            of_batch = group_places[start : start + batch.num_rows]
-            start += batch.num_rows
-            paired = of_batch != NONE
-            ids = wanted["image_id"].take(np.searchsorted(places, of_batch[paired]))
-            index = batch.schema.get_field_index("image_id")
-            kept = batch.filter(pa.array(paired))
-            yield kept.set_column(index, "image_id", ids.combine_chunks())
-
-
-def _compared(
-    config: EvaluateConfig, truth: Truth, predictions: Tables, paired: Pairing
-) -> Iterator[tuple[Part, Result]]:
-    """Yield results, in any order: of this process where tables are small, else of Ray tasks."""
-    parts = _parts(predictions, paired)
-    if config.address is None and predictions.num_bytes <= BYTES_WITHOUT_RAY:
-        for part in parts:
-            yield part, compare(part, truth.rows, predictions.store, config.score_threshold)
-        return
-    connect(config.address)
-    rows = ray.put(truth.rows)
-    task = ray.remote(compare)
-    waiting: dict[ray.ObjectRef[Result], Part] = {}
-    for part in parts:
-        if len(waiting) >= PARTS_PER_CPU * max(1, resources()[0]):
-            yield _finished(waiting)
-        reference = task.remote(part, rows, predictions.store, config.score_threshold)
-        waiting[reference] = part
-    while waiting:
-        yield _finished(waiting)
-
-
-def _finished(waiting: "dict[ray.ObjectRef[Result], Part]") -> tuple[Part, Result]:
-    (done,), _ = ray.wait(list(waiting), num_returns=1)
-    return waiting.pop(done), ray.get(done)
-
-
-def _parts(predictions: Tables, paired: Pairing) -> Iterator[Part]:
-    none = np.empty(0, np.int64)
-    groups: list[tuple[RowGroup, Int64]] = []
-    start = images = 0
-    for group in predictions.groups:
-        places = paired.places[start : start + group.num_rows]
-        start += group.num_rows
-        if (places == NONE).all():
-            continue
-        groups.append((group, places))
-        images += group.num_rows
-        if images >= IMAGES_PER_PART:
-            yield Part(groups=tuple(groups), missing=none)
-            groups, images = [], 0
-    if groups:
-        yield Part(groups=tuple(groups), missing=none)
-    for start in range(0, len(paired.missing), IMAGES_PER_PART):
-        yield Part(missing=paired.missing[start : start + IMAGES_PER_PART])
 
 
 def _show_inputs(truth: Truth, predictions: Tables, paired: Pairing) -> None:

@@ -99,11 +99,20 @@ def read(store: Store, group: RowGroup) -> pa.Table:
         return _file(store, group.info).read_row_group(group.number, columns=list(COLUMNS))
 
 
-def stream(store: Store, group: RowGroup, batch_size: int) -> Iterator[pa.RecordBatch]:
-    """Yield `COLUMNS` of a row group in batches, with page checksums verified."""
+def stream(
+    store: Store, group: RowGroup, batch_size: int, columns: Sequence[str] = COLUMNS
+) -> Iterator[pa.RecordBatch]:
+    """Yield columns of a row group in batches, with page checksums verified.
+
+    Args:
+        store: Of the table.
+        group: Of the table.
+        batch_size: Rows of a batch.
+        columns: Their names; those within `detections` by the path of the Parquet leaf.
+    """
     with _named_errors(store, group.info):
         file = _file(store, group.info)
-        yield from file.iter_batches(batch_size, row_groups=[group.number], columns=list(COLUMNS))
+        yield from file.iter_batches(batch_size, row_groups=[group.number], columns=list(columns))
 
 
 def scan(

@@ -46,7 +46,11 @@ class Confusion:
         """
         failed = prediction is None or prediction["status"] == "error"
         detections = [] if failed or prediction is None else prediction["detections"]
-        self.counts.update(_pairs(truth["detections"], detections, self.score_threshold))
+        annotations = truth["detections"]
+        for wanted, found in takings(annotations, detections, self.score_threshold):
+            taken = BACKGROUND if wanted is None else annotations[wanted]["category_id"]
+            taker = BACKGROUND if found is None else detections[found]["category_id"]
+            self.counts[taken, taker] += 1
 
     def merge(self, other: "Confusion") -> None:
         """Add the images of another."""
@@ -70,25 +74,30 @@ class Confusion:
         return matrix
 
 
-def _pairs(
+def takings(
     annotations: Sequence[Item], detections: Sequence[Item], score_threshold: float
 ) -> Iterator[tuple[int | None, int | None]]:
-    """Yield the categories of what took what, of what was missed, and of what took nothing."""
-    confident = [item for item in detections if item["score"] >= score_threshold]
-    best = sorted(confident, key=lambda item: -item["score"])
+    """Yield who took what in one image: places in `annotations` and in `detections`.
+
+    Where the second is None the annotation was missed, where the first is None the detection took
+    nothing.
+    """
+    confident = [n for n, item in enumerate(detections) if item["score"] >= score_threshold]
+    order = sorted(confident, key=lambda n: -detections[n]["score"])
+    best = [detections[n] for n in order]
     crowd = np.array([item["iscrowd"] for item in annotations], np.bool_)
     free = ~crowd
-    for item, ious in zip(best, _ious(best, annotations), strict=True):
+    for n, item, ious in zip(order, best, _ious(best, annotations), strict=True):
         near = ious >= IOU_THRESHOLD
         candidates = np.flatnonzero(near & free)
         if len(candidates):
             taken = _nearest(item, annotations, ious, candidates)
             free[taken] = False
-            yield annotations[taken]["category_id"], item["category_id"]
+            yield taken, n
         elif not (near & crowd).any():
-            yield BACKGROUND, item["category_id"]
+            yield None, n
     for missed in np.flatnonzero(free).tolist():
-        yield annotations[missed]["category_id"], BACKGROUND
+        yield missed, None
 
 
 def _nearest(detection: Item, annotations: Sequence[Item], ious: Float64, candidates: Int64) -> int:

@@ -15,9 +15,8 @@ from jobs.config import (
     PackConfig,
     PredictConfig,
     TrainConfig,
-    from_namespace,
-    parser_for,
 )
+from jobs.flags import from_namespace, parser_for
 
 CLASSES = list(VERBS.values())
 
@@ -47,7 +46,7 @@ def parsed(class_: type[Any], arguments: list[str]) -> Any:
 
 
 # Fields whose range has none of the values below.
-SPECIAL = {"freeze_stages": 2}
+SPECIAL = {"freeze_stages": 2, "examples": 7}
 
 
 def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:

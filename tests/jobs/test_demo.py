@@ -18,6 +18,9 @@ def test_the_demo_makes_a_table_and_a_picture_and_can_be_run_again(
     assert main(["demo", "--output", str(output), "--scenes", "5"]) == 0
     said = capsys.readouterr().out
     assert "$ segjobs predict --input" in said
+    page = output / "report" / "index.html"
+    assert str(page) in said
+    assert "scene-00004.jpg" in page.read_text()
     assert "mask AP" in " ".join(said.split())
     rows = pq.read_table(output / "table" / "predictions").to_pylist()
     assert [row["status"] for row in rows] == ["ok"] * 5

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from jobs import evaluate
+from jobs import comparison
 from jobs.__main__ import main
 from jobs.storage import open_store
 from jobs.store import Store
@@ -185,9 +185,9 @@ def test_ray_tasks_give_the_same(
 ) -> None:
     folder, file, predictions = made
     alone = run(folder)
-    monkeypatch.setattr(evaluate, "BYTES_WITHOUT_RAY", 0)
-    monkeypatch.setattr(evaluate, "IMAGES_PER_PART", 4)
-    monkeypatch.setattr(evaluate, "PARTS_PER_CPU", 1)
+    monkeypatch.setattr(comparison, "BYTES_WITHOUT_RAY", 0)
+    monkeypatch.setattr(comparison, "IMAGES_PER_PART", 4)
+    monkeypatch.setattr(comparison, "PARTS_PER_CPU", 1)
     assert run(folder) == alone
     assert_stock(alone, file, predictions)
     broken = folder / "table" / "predictions" / "00000005.parquet"
@@ -254,7 +254,7 @@ def test_a_packed_set_is_truth_whatever_its_order(
     store = open_store(str(folder / "packed"))
     for start in range(0, len(packed), 7):
         put_rows(store, f"shards/{start:04}.parquet", packed[start : start + 7], TRAINING)
-    monkeypatch.setattr(evaluate, "IMAGES_PER_PART", images_per_part)
+    monkeypatch.setattr(comparison, "IMAGES_PER_PART", images_per_part)
     metrics = run(folder, "--annotations", str(folder / "packed"))
     assert metrics["annotations"]["kind"] == "table"
     assert metrics["paired"]["by"] == {"image_id": 17}

@@ -1,0 +1,186 @@
+"""The bytes of a few images of a table, found where the table's job found them, by its readers.
+
+Where the plan beside the table is of the same input, its chunks say where an image is. Otherwise a
+loose image is read by its path, and shards are indexed as if for a plan: of tars those that hold an
+image that is wanted, of Parquet as many as it takes.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import chunks, index, plan
+from jobs.chunks import PREDICTIONS_FOLDER, Chunk
+from jobs.detect import Input, look, objects_of
+from jobs.plan import Plan
+from jobs.read import Source, read_chunk, read_names
+from jobs.storage import open_store, open_uri
+from jobs.store import DamagedError, ObjectInfo, Store
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+# Each holds a chunk, up to 128 MiB.
+THREADS = 4
+CHUNK_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A row whose image is wanted.
+
+    Attributes:
+        row: Its number in the table.
+        image_id: Of the row.
+        shard: Of the row.
+        key: Of the row.
+        path: Of the table's object that holds it.
+        position: In that object.
+    """
+
+    row: int
+    image_id: str
+    shard: str
+    key: str
+    path: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The bytes of an image, or why there are none."""
+
+    row: int
+    data: bytes | None
+    error: str | None = None
+
+
+def fetch(
+    wanted: Sequence[Wanted], images: str, table: Store, endpoint_url: str | None
+) -> Iterator[Picture]:
+    """Yield a picture for each row that is wanted, in any order.
+
+    Args:
+        wanted: Rows of the table.
+        images: The folder, prefix, shard or manifest that the table was made of, or a copy of it.
+        table: The table's folder.
+        endpoint_url: See `storage.open_store`.
+
+    Raises:
+        InputError: There is nothing at `images`.
+        StorageError: The store failed for good.
+    """
+    planned = plan.load(table)
+    store = open_store(images, endpoint_url)
+    if planned is not None and store.uri in (planned.job.get("input"), planned.folder):
+        found = _by_plan(wanted, planned, _source(planned.folder, table, endpoint_url))
+    else:
+        found = _by_look(wanted, look(images, "auto", endpoint_url), endpoint_url)
+    missing = {one.row: one for one in wanted}
+    for picture in found:
+        if missing.pop(picture.row, None):
+            yield picture
+    for row in missing:
+        yield Picture(row, None, f"missing: it is not among the images at {images}")
+
+
+def _source(folder: str, lists: Store, endpoint_url: str | None) -> Source:
+    return Source(
+        store=open_store(folder, endpoint_url),
+        lists=lists,
+        endpoint_url=endpoint_url,
+        image_column=None,
+    )
+
+
+def _by_plan(wanted: Sequence[Wanted], planned: Plan, source: Source) -> Iterator[Picture]:
+    by_chunk: defaultdict[str, dict[int, Wanted]] = defaultdict(dict)
+    for one in wanted:
+        name = one.path.removeprefix(f"{PREDICTIONS_FOLDER}/").removesuffix(".parquet")
+        by_chunk[name][one.position] = one
+    found = planned.chunks.filter(pc.is_in(planned.chunks["chunk_id"], pa.array(by_chunk)))
+    calls = [(chunk, by_chunk[chunk.chunk_id], source) for chunk in chunks.from_table(found)]
+    return chain.from_iterable(_in_threads(lambda call: _read(*call), calls))
+
+
+def _by_look(wanted: Sequence[Wanted], found: Input, endpoint_url: str | None) -> Iterator[Picture]:
+    if found.format in ("images", "manifest"):
+
+        def read_one(one: Wanted) -> Picture:
+            if found.format == "manifest":
+                return _read_object(one, *open_uri(one.key, endpoint_url))
+            folder = f"{one.shard}/" if one.shard.strip("/") else one.shard
+            return _read_object(one, found.store, f"{folder}{one.key}")
+
+        return _in_threads(read_one, wanted)
+    source = _source(found.store.uri, found.store, endpoint_url)
+    by_id = {one.image_id: one for one in wanted}
+    infos = objects_of(found.objects)
+    if found.format == "webdataset":
+        shards = {one.shard for one in wanted}
+        infos = [info for info in infos if info.path in shards]
+    in_shards = _in_threads(lambda info: _in_shard(info, found.format, by_id, source), infos)
+    return chain.from_iterable(in_shards)
+
+
+def _in_shard(
+    info: ObjectInfo, format_: str, by_id: dict[str, Wanted], source: Source
+) -> list[Picture]:
+    """Return what is wanted of a shard; nothing of one that is damaged."""
+    try:
+        if format_ == "webdataset":
+            cut = index.index_tar(source.store, info, CHUNK_SIZE)
+        else:
+            cut = index.index_parquet(source.store, info, CHUNK_SIZE, None)
+    except DamagedError:
+        return []
+    pictures: list[Picture] = []
+    for chunk in cut:
+        ids = read_names(chunk, source)["image_id"].to_pylist()
+        here = {position: by_id[name] for position, name in enumerate(ids) if name in by_id}
+        if here and chunk.kind != "verdict":
+            pictures += _read(chunk, here, source)
+    return pictures
+
+
+def _read(chunk: Chunk, wanted: dict[int, Wanted], source: Source) -> list[Picture]:
+    """Return images of a chunk by their positions among its rows."""
+    if chunk.kind == "verdict":
+        return [Picture(one.row, None, chunk.error) for one in wanted.values()]
+    positions = sorted(wanted)
+    keep = np.zeros(chunk.num_read, np.uint8)
+    rows = np.flatnonzero(np.frombuffer(chunk.keep, np.uint8)) if chunk.keep else None
+    keep[positions if rows is None else rows[positions]] = 1
+    part = replace(chunk, keep=keep.tobytes(), num_images=len(positions))
+    found = read_chunk(part, source).to_pylist()
+    return [_picture(wanted[n], row) for n, row in zip(positions, found, strict=True)]
+
+
+def _picture(wanted: Wanted, row: Mapping[str, Any]) -> Picture:
+    data, error = row["data"], row["error"]
+    if error is None and wanted.image_id != row["image_id"]:
+        error = f"changed: {row['image_id']} is in its place"
+    return Picture(wanted.row, None if error else data, error)
+
+
+def _read_object(wanted: Wanted, store: Store, path: str) -> Picture:
+    try:
+        return Picture(wanted.row, store.read(path))
+    except FileNotFoundError as error:
+        return Picture(wanted.row, None, f"missing: {error}")
+    except DamagedError as error:
+        return Picture(wanted.row, None, f"corrupt: {error}")
+
+
+def _in_threads(function: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
+    """Yield results in order; each is made when there is room for it."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(items), THREADS):
+            yield from pool.map(function, items[start : start + THREADS])
