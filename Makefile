@@ -35,11 +35,12 @@ build/atheris/.ready: .venv/.ready
 	touch $@
 
 # The locked versions, with hashes; uv only installs them, several times faster than pip.
-.venv/.ready: requirements-dev.lock pyproject.toml
+.venv/.ready: requirements-dev.lock tests/consumers.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements-dev.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r tests/consumers.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
@@ -49,6 +50,8 @@ lock:
 	  --python-version 3.11 --output-file requirements-dev.lock
 	$(BIN)/uv pip compile --quiet pyproject.toml --universal --generate-hashes \
 	  --python-version 3.11 --constraints requirements-dev.lock --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet tests/consumers.in --no-deps --universal --generate-hashes \
+	  --python-version 3.11 --output-file tests/consumers.lock
 
 clean:
 	rm -rf .venv demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
