@@ -126,6 +126,12 @@ class WindowedFile(io.RawIOBase):
         self._buffer_start, self._buffer = 0, b""
 
     @override
+    def close(self) -> None:
+        # Arrow may hold on to the file.
+        self._buffer = b""
+        super().close()
+
+    @override
     def readable(self) -> bool:
         return True
 

@@ -95,8 +95,8 @@ def open_tables(uri: str, endpoint_url: str | None) -> Tables:
 
 def read(store: Store, group: RowGroup) -> pa.Table:
     """Return `COLUMNS` of a row group, with page checksums verified."""
-    with _named_errors(store, group.info):
-        return _file(store, group.info).read_row_group(group.number, columns=list(COLUMNS))
+    with _opened(store, group.info) as file:
+        return file.read_row_group(group.number, columns=list(COLUMNS))
 
 
 def stream(
@@ -110,8 +110,7 @@ def stream(
         batch_size: Rows of a batch.
         columns: Their names; those within `detections` by the path of the Parquet leaf.
     """
-    with _named_errors(store, group.info):
-        file = _file(store, group.info)
+    with _opened(store, group.info) as file:
         yield from file.iter_batches(batch_size, row_groups=[group.number], columns=list(columns))
 
 
@@ -131,16 +130,15 @@ def scan(
         StorageError: One cannot be read.
     """
     for info in infos:
-        with _named_errors(store, info):
-            file = _file(store, info)
+        with _opened(store, info) as file:
             _check_columns(store.url(info.path), file.schema_arrow.names)
             yield from file.iter_batches(batch_size, columns=_leaves(file, columns))
 
 
 def model(store: Store, info: ObjectInfo) -> str:
     """Return the digest of the model that made an object; empty where its footer does not say."""
-    with _named_errors(store, info):
-        footer: dict[bytes, bytes] = _file(store, info).metadata.metadata or {}
+    with _opened(store, info) as file:
+        footer: dict[bytes, bytes] = file.metadata.metadata or {}
     return footer.get(_MODEL, b"").decode()
 
 
@@ -156,8 +154,7 @@ def _named_errors(store: Store, info: ObjectInfo) -> Iterator[None]:
 
 
 def _look(store: Store, info: ObjectInfo) -> tuple[list[RowGroup], pa.Table, str]:
-    with _named_errors(store, info):
-        file = _file(store, info)
+    with _opened(store, info) as file:
         _check_columns(store.url(info.path), file.schema_arrow.names)
         groups = [
             RowGroup(info=info, number=n, num_rows=file.metadata.row_group(n).num_rows)
@@ -185,5 +182,15 @@ def _leaves(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _file(store: Store, info: ObjectInfo) -> pq.ParquetFile:
-    return pq.ParquetFile(store.open(info, WINDOW), page_checksum_verification=True)
+@contextlib.contextmanager
+def _opened(store: Store, info: ObjectInfo) -> Iterator[pq.ParquetFile]:
+    """Open an object, name it in what Arrow says about a damaged one, and close it.
+
+    Left to the garbage collector, the windows of many objects would be in memory at once.
+    """
+    with _named_errors(store, info):
+        file = pq.ParquetFile(store.open(info, WINDOW), page_checksum_verification=True)
+        try:
+            yield file
+        finally:
+            file.close(force=True)

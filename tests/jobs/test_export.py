@@ -1,6 +1,7 @@
 """Exports open in their consumers, with the same counts, boxes and mask areas as the table."""
 
 import contextlib
+import gc
 import io
 import json
 import sys
@@ -22,7 +23,7 @@ from jobs import tables
 from jobs.__main__ import main
 from jobs.json_files import image_url
 from jobs.storage import open_store
-from jobs.store import Store
+from jobs.store import Store, WindowedFile
 from segmodel import class_map, rle, scenes
 from segmodel.schema import PREDICTIONS
 
@@ -447,3 +448,19 @@ def test_masks_without_pixels_have_no_polygon(
     assert "1 detections are left out: their masks are empty" in capsys.readouterr().out
     lines = [line for p in tmp_path.rglob("*.txt") for line in p.read_text().splitlines()]
     assert len(lines) == sum(len(r["detections"]) for r in rows) - 1
+
+
+def test_the_windows_of_objects_are_given_up(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for number in range(20):
+        sink = io.BytesIO()
+        pq.write_table(PREDICTIONS.empty_table(), sink)
+        store.put(f"{number}.parquet", sink.getvalue())
+    gc.collect()
+    gc.disable()
+    try:
+        list(tables.scan(store, store.list_objects(), ["image_id"], 64))
+        windows = [found for found in gc.get_objects() if isinstance(found, WindowedFile)]
+        assert not any(found._buffer for found in windows)
+    finally:
+        gc.enable()
