@@ -460,7 +460,7 @@ def test_the_windows_of_objects_are_given_up(tmp_path: Path) -> None:
     gc.disable()
     try:
         list(tables.scan(store, store.list_objects(), ["image_id"], 64))
-        windows = [found for found in gc.get_objects() if isinstance(found, WindowedFile)]
+        windows = [found for found in gc.get_objects() if type(found) is WindowedFile]
         assert not any(found._buffer for found in windows)
     finally:
         gc.enable()
