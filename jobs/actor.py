@@ -15,7 +15,7 @@ import ray
 import torch
 
 from jobs.encode import RAW, raw_row
-from jobs.envelope import Envelope, chunk_id_of, failed, seal, unseal
+from jobs.envelope import Envelope, PredictError, chunk_id_of, failed, seal, unseal
 from jobs.watchdog import Watchdog
 from segmodel.bundle import Bundle
 from segmodel.images import ImageError, decode
@@ -140,11 +140,16 @@ class Predict:
         predictor = self.predictor
         errors: dict[int, str] = {}
         found: dict[int, Detections] = {}
-        with self.watchdog.watch() as progress:
-            decoded = self._decoded(sealed.table, errors, progress)
-            for number, detections in predictor.stream(decoded, errors.__setitem__):
-                found[number] = detections
-                progress()
+        try:
+            with self.watchdog.watch() as progress:
+                decoded = self._decoded(sealed.table, errors, progress)
+                for number, detections in predictor.stream(decoded, errors.__setitem__):
+                    found[number] = detections
+                    progress()
+        except Exception as error:
+            raise PredictError(
+                f"chunk {sealed.chunk_id}: {type(error).__name__}: {error}"
+            ) from error
         names = sealed.table.select(["image_id", "shard", "key"]).to_pylist()
         rows = [raw_row(found.get(n), errors.get(n)) | name for n, name in enumerate(names)]
         return seal(

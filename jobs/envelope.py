@@ -28,6 +28,10 @@ ENVELOPE = pa.schema(
 )
 
 
+class PredictError(RuntimeError):
+    """What was raised while a chunk's images were predicted, by a model that was loaded well."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Envelope:
     """A chunk under way.

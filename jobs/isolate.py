@@ -261,7 +261,7 @@ class _Supervisor:
         """Return the row of an image.
 
         Raises:
-            LostError: The actor died or hung.
+            LostError: The actor died or hung, or raised what no image is known for.
         """
         limit_s = self._isolation.pool.image_timeout_s
         row = actor.row.remote(self._block, number)
@@ -269,8 +269,10 @@ class _Supervisor:
             raise LostError(f"no result after {limit_s:g} s", kind="hung")
         try:
             found: Row = ray.get(row)
-        except RayTaskError:
-            raise
+        except RayTaskError as error:
+            # The model was tried out before: this is the image's.
+            why = f"{type(error.cause).__name__}: {error.cause}"
+            raise LostError(" ".join(why.split()), kind="failed") from error
         except RayError as error:
             why = reason(error)
             raise LostError(why, blame="node was lost" not in why) from error

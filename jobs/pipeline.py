@@ -2,7 +2,7 @@
 
 Every object in it is one sealed chunk (`envelope`). Pixels stay inside the actors, full-size masks
 are never made, and only receipts come back to the driver. A chunk whose process died, and died again, is
-dropped by Ray Data; it is then done image by image (`isolate`).
+dropped by Ray Data; it is then done image by image (`isolate`), as is one for which Python raised an error.
 """
 
 import warnings
@@ -15,8 +15,10 @@ from ray.util.annotations import RayDeprecationWarning
 
 from jobs import encode, isolate
 from jobs.actor import Model, Pool, Predict
-from jobs.cluster import plain_errors
+from jobs.cluster import ClusterError, log_folder, plain_errors
+from jobs.console import console
 from jobs.encode import Receipt
+from jobs.envelope import PredictError
 from jobs.isolate import Isolation
 from jobs.pace import slow_down
 from jobs.read import Source
@@ -37,6 +39,8 @@ MIN_STORE_BYTES = 256 * 2**20
 # Times that a chunk is begun again in a stage whose process died; Ray Data's own number is infinite. An
 # image that kills its process takes the chunks beside it along, so once is enough before they are parted.
 RETRIES = 1
+# Chunks in which Python raised an error that no image is known for, until the job is stopped.
+MOST_FAILED = 20
 MASK_BYTES = 28 * 28 * 4
 
 
@@ -51,8 +55,9 @@ def run(
     """Do the work, and yield a receipt for each chunk when its object has been written.
 
     Raises:
-        ClusterError: Processes die and nothing gets done; or a chunk can for no process be read.
-        Exception: What was raised while a chunk was read, predicted or written.
+        ClusterError: Processes die and nothing gets done; images of many chunks cannot be predicted, for a
+            reason that is not known of images; or a chunk can for no process be read.
+        Exception: What was raised while a chunk was read or written.
     """
     context = _context(_store_bytes(work, model, pool))
     with DataContext.current(context), warnings.catch_warnings():
@@ -60,13 +65,24 @@ def run(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         receipts = _chain(work, source, output, model, pool, footer)
     left = {item.chunk.chunk_id: item for item in work}
+    failures = 0
     with plain_errors():
         for batch in receipts.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         ):
-            for receipt in encode.receipts(batch):
-                left.pop(receipt.chunk_id, None)
-                yield receipt
+            try:
+                for receipt in encode.receipts(batch):
+                    left.pop(receipt.chunk_id, None)
+                    yield receipt
+            except PredictError as error:
+                # One of its images, most likely; more of them than that are a fault of ours.
+                failures += 1
+                if failures > MOST_FAILED:
+                    raise ClusterError(
+                        f"{failures} chunks could not be predicted, the last one since: {error}. A reason that "
+                        f"so many share is not an image's: {log_folder()} on the nodes says more"
+                    ) from error
+                console.print(f"{error}. Its images are done one by one at the end.", markup=False)
     if left:
         isolation = Isolation(
             source=source,

@@ -198,7 +198,7 @@ def _refuse_parts(
 ) -> None:
     """Refuse a set of which shards are missing, or to which others were added."""
     rows = sum(group.num_rows + len(group.skipped) for group in groups)
-    expected = manifest["shards"], manifest["counts"]["images"]
+    expected = manifest.get("shards"), manifest.get("counts", {}).get("images")
     if (num_shards, rows) != expected:
         raise InputError(
             f"{store.uri} holds {num_shards} shards with {rows} rows, and was packed as {expected[0]} with "

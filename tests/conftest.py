@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import tarfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -81,7 +82,10 @@ class S3:
 
 @pytest.fixture(scope="session", autouse=True)
 def environment() -> Iterator[None]:
-    """Dummy credentials, for this process and for Ray's workers."""
+    """Dummy credentials, for this process and for Ray's workers; Ctrl-C that can be tested."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in what a shell starts in the background; whatever is started from here would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)

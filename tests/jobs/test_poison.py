@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 IMAGES, CHUNK_SIZE = 16, 4
 # What comes behind the end of a JPEG is no part of the picture.
-DEADLY, ENDLESS = b"this one is deadly", b"this one is endless"
-DIES, HANGS = "0002.jpg", "0009.jpg"
+DEADLY, ENDLESS, ODD = b"this one is deadly", b"this one is endless", b"this one is odd"
+DIES, HANGS, RAISES = "0002.jpg", "0009.jpg", "0014.jpg"
 # Long enough for an ordinary image on a busy machine; the ones that hang wait it out.
 IMAGE_TIMEOUT_S = 15
 
@@ -32,7 +32,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable[..., bytes])
     folder = tmp_path_factory.mktemp("photos")
     for number in range(IMAGES):
         (folder / f"{number:04d}.jpg").write_bytes(jpeg(number, (60, 80)))
-    for name, mark in ((DIES, DEADLY), (HANGS, ENDLESS)):
+    for name, mark in ((DIES, DEADLY), (HANGS, ENDLESS), (RAISES, ODD)):
         with (folder / name).open("ab") as file:
             file.write(mark)
     return folder
@@ -67,7 +67,9 @@ def undisturbed(
     return rows
 
 
-def poisoned(class_: type[Any], *, deadly: bytes = DEADLY, endless: bytes = ENDLESS) -> type[Any]:
+def poisoned(
+    class_: type[Any], *, deadly: bytes = DEADLY, endless: bytes = ENDLESS, odd: bytes = ODD
+) -> type[Any]:
     """The same actor, in a process whose decoder crashes and hangs as one with a bug does."""
 
     class Poisoned(class_):  # type: ignore[misc]
@@ -82,6 +84,8 @@ def poisoned(class_: type[Any], *, deadly: bytes = DEADLY, endless: bytes = ENDL
                 if endless in data:
                     # Holds the GIL for years.
                     sum(range(10**15))
+                if odd in data:
+                    raise ArithmeticError("nobody\n thought of that")
                 return honest(data, max_pixels)
 
             here.decode = decode
@@ -116,21 +120,40 @@ def test_images_that_crash_or_hang_their_process_cost_their_own_rows(
     rows = rows_of(output)
     assert rows[DIES]["error"] == "crashed: the process died, 2 times"
     assert rows[HANGS]["error"] == f"hung: no result after {IMAGE_TIMEOUT_S} s, 2 times"
-    for name in (DIES, HANGS):
+    assert rows[RAISES]["error"] == "failed: ArithmeticError: nobody thought of that, 2 times"
+    for name in (DIES, HANGS, RAISES):
         assert rows[name]["image_id"] == undisturbed[name]["image_id"]
         assert (rows[name]["status"], rows[name]["height"]) == ("error", None)
         assert rows[name]["detections"] == []
-    assert {name for name in rows if rows[name] != undisturbed[name]} == {DIES, HANGS}
+    assert {name for name in rows if rows[name] != undisturbed[name]} == {DIES, HANGS, RAISES}
     manifest = json.loads((output / "_manifest.json").read_text())
-    assert manifest["counts"]["errors"] == {"crashed": 1, "hung": 1}
+    assert manifest["counts"]["errors"] == {"crashed": 1, "hung": 1, "failed": 1}
     assert (output / "_SUCCESS").exists()
 
-    # The decoder was mended for one of the two.
-    poison(endless=b"nothing has this")
+    # The decoder was mended for two of the three.
+    poison(endless=b"nothing has this", odd=b"nor this")
     assert predict(photos, output, tiny_bundle, "--retry-errors") == 0
     again = rows_of(output)
     assert again[DIES]["error"] == "crashed: the process died, 2 times"
     assert {name for name in again if again[name] != undisturbed[name]} == {DIES}
+
+
+def test_an_error_that_many_chunks_share_ends_the_job(
+    ray_local: None,
+    photos: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    poison: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pipeline, "MOST_FAILED", 2)
+    poison(deadly=b"nothing has this", endless=b"nor this", odd=b"")
+    assert predict(photos, tmp_path / "out", tiny_bundle) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "3 chunks could not be predicted" in error
+    assert "ArithmeticError: nobody thought of that" in error
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_a_chunk_that_cannot_be_read_is_named_and_the_others_are_done(

@@ -350,7 +350,7 @@ def test_normalisation_that_is_constants_cannot_be_trained(
     packed: Path, tmp_path: Path, norm: Literal["train", "sync"]
 ) -> None:
     settings = ModelSettings(
-        arch="resnet50_fpn", num_classes=5, min_size=64, max_size=96, norm="frozen"
+        arch="maskrcnn_resnet50_fpn", num_classes=5, min_size=64, max_size=96, norm="frozen"
     )
     categories = initial.numbered_categories([(n, f"c{n}") for n in range(1, 5)])
     bundle.save(tmp_path / "model", initial.random_bundle(settings, categories, 0))

@@ -104,18 +104,32 @@ def test_rows_in_error_are_skipped_and_counted(
 
 def test_sets_are_taken_together(tmp_path: Path, put_packed: PutPacked) -> None:
     roots = [str(tmp_path / name) for name in ("one", "two")]
+    of_one = {"shards": 1, "counts": {"images": 7}}
     rows = [row for root in roots for row in put_packed(open_store(root), 7)]
     (tmp_path / "two" / "_manifest.json").write_text(
-        json.dumps({"categories": [{"id": 3, "name": "car"}, {"id": 2, "name": "tree"}]})
+        json.dumps(of_one | {"categories": [{"id": 3, "name": "car"}, {"id": 2, "name": "tree"}]})
     )
     found = load(roots, None)
     assert read(found) == expected(rows)
     assert found.categories == ((1, "person"), (2, "tree"), (3, "car"))
     (tmp_path / "two" / "_manifest.json").write_text(
-        json.dumps({"categories": [{"id": 3, "name": "bus"}]})
+        json.dumps(of_one | {"categories": [{"id": 3, "name": "bus"}]})
     )
     with pytest.raises(InputError, match=r"category 3 is 'car' in one set and 'bus' in .*two"):
         load(roots, None)
+
+
+def test_a_set_in_part_or_with_more_is_refused(tmp_path: Path, put_packed: PutPacked) -> None:
+    put_packed(open_store(str(tmp_path)), 27)
+    _, second = sorted((tmp_path / "shards").iterdir())
+    whole = second.read_bytes()
+    second.unlink()
+    with pytest.raises(InputError, match="1 shards with 20 rows, and was packed as 2 with 27"):
+        load([str(tmp_path)], None)
+    second.write_bytes(whole)
+    (tmp_path / "shards" / "99999999.parquet").write_bytes(whole)
+    with pytest.raises(InputError, match="3 shards with 34 rows"):
+        load([str(tmp_path)], None)
 
 
 def test_the_digest_changes_with_a_shard(tmp_path: Path, put_packed: PutPacked) -> None:
