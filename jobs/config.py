@@ -328,6 +328,10 @@ class ExportConfig:
         _check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
         if self.annotations is not None and self.to != "coco-results":
             raise ConfigError("--annotations is of --to coco-results alone: leave it out")
+        if self.subset and self.annotations is None:
+            raise ConfigError("--subset needs --annotations, whose images it keeps: leave it out")
+        if self.image_prefix is not None and self.to != "labelstudio":
+            raise ConfigError("--image-prefix is of --to labelstudio alone: leave it out")
         if self.to == "labelstudio" and self.image_prefix is None:
             raise ConfigError(
                 "--to labelstudio needs --image-prefix: where Label Studio finds the images, such as "

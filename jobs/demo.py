@@ -1,8 +1,8 @@
 """`segjobs demo [--output DIR]`: the main job on one machine with no network, small.
 
 Input: none. Output: synthetic shards with known truth, the table that `predict` makes of them with
-the shipped model, its evaluation, `overlays.png`, a picture of truth and predictions, and the report, a page to look at. The
-commands are printed, so that they can be typed.
+the shipped model, its evaluation, `overlays.png`, a picture of truth and predictions, and the
+report, a page to look at. The commands are printed, so that they can be typed.
 """
 
 import shlex

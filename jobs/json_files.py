@@ -169,8 +169,7 @@ def _brush_codec() -> Callable[[Any], list[int]]:
         module = importlib.import_module("label_studio_sdk.converter.brush")
     except ImportError as error:
         raise InputError(
-            f"--to labelstudio needs Label Studio's SDK ({error}): "
-            "pip install 'segjobs[labelstudio]'"
+            f"--to labelstudio needs Label Studio's SDK ({error}): pip install 'label-studio-sdk>=2'"
         ) from error
     codec: Callable[[Any], list[int]] = module.mask2rle
     return codec

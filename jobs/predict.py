@@ -27,7 +27,7 @@ from jobs.plan import Plan
 from jobs.read import Source
 from jobs.source import Work
 from jobs.stall import StallWarning
-from jobs.storage import open_store
+from jobs.storage import lies_within, open_store
 from jobs.store import Store
 from jobs.weights import load_bundle
 from jobs.write import Counts
@@ -267,9 +267,7 @@ def _refuse_nested(config: PredictConfig) -> None:
     Raises:
         ConfigError: It is.
     """
-    stores = (open_store(uri, config.endpoint_url) for uri in (config.input, config.output))
-    source, output = (store.uri.rstrip("/") + "/" for store in stores)
-    if output.startswith(source):
+    if lies_within(config.output, config.input, config.endpoint_url):
         raise ConfigError(f"--output {config.output} lies within --input: choose a place outside")
 
 

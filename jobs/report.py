@@ -24,7 +24,7 @@ from jobs.page import Content, Quality
 from jobs.pairing import NONE, Pairing, pair
 from jobs.plan import PLAN
 from jobs.reference import Truth, open_truth
-from jobs.storage import open_store
+from jobs.storage import lies_within, open_store
 from jobs.survey import Survey, Wish, survey
 from jobs.tables import Tables, open_tables
 from jobs.write import MANIFEST, SUCCESS
@@ -78,9 +78,7 @@ def _refuse_nested(config: ReportConfig) -> None:
     Raises:
         ConfigError: It is.
     """
-    stores = (open_store(uri, config.endpoint_url) for uri in (config.images, config.output))
-    source, output = (store.uri.rstrip("/") + "/" for store in stores)
-    if output.startswith(source):
+    if lies_within(config.output, config.images, config.endpoint_url):
         raise ConfigError(f"--output {config.output} lies within --images: choose a place outside")
 
 

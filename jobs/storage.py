@@ -222,6 +222,12 @@ def split_uri(uri: str) -> tuple[str, str]:
     return folder or ".", name
 
 
+def lies_within(uri: str, place: str, endpoint_url: str | None = None) -> bool:
+    """Say whether `uri` names `place` or something below it, however the two are spelled."""
+    inner, outer = (open_store(one, endpoint_url).uri.rstrip("/") + "/" for one in (uri, place))
+    return inner.startswith(outer)
+
+
 def open_uri(uri: str, endpoint_url: str | None = None) -> tuple[Store, str]:
     """Return the folder of an object and the object's name there; folders are remembered."""
     folder, name = split_uri(uri)

@@ -73,7 +73,7 @@ class Store(ABC):
         """Write an object atomically: readers see the old one or the new one, never a part."""
 
     def put_file(self, path: str, source: Path) -> None:
-        """Write a local file as an object, atomically too, and without holding all of it."""
+        """Write a local file as an object, atomically too; real stores do not hold all of it."""
         self.put(path, source.read_bytes())
 
     @abstractmethod

@@ -7,7 +7,7 @@ that `Tables` holds.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import tables
-from jobs.tables import RowGroup, Tables
+from jobs.tables import Tables
 from segmodel.schema import DETECTION
 
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -131,20 +131,15 @@ def survey(table: Tables, wish: Wish, progress: Callable[[int], None]) -> Survey
     found = Survey(best=Picks(wish.most), worst=Picks(wish.most), random=Picks(wish.most))
     rng = np.random.default_rng(wish.seed)
     start = 0
+    columns = ["status", "error", *(f"detections.{name}" for name in _FIELDS)]
     for group in table.groups:
-        for batch in _stream(table, group):
+        for batch in tables.stream(table.store, group, BATCH_SIZE, columns):
             numbers = np.arange(start, start + batch.num_rows)
             start += batch.num_rows
             _count(found, batch)
             _pick(found, batch, numbers, wish, rng)
             progress(batch.num_rows)
     return found
-
-
-def _stream(table: Tables, group: RowGroup) -> Iterator[pa.RecordBatch]:
-    # The name of the list's element differs between writers of Parquet.
-    fields = [f"detections.list.{of}.{name}" for of in ("element", "item") for name in _FIELDS]
-    return tables.stream(table.store, group, BATCH_SIZE, ["status", "error", *fields])
 
 
 def certainty(scores: Float64, parents: Int64, num_rows: int) -> Float64:

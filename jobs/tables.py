@@ -108,10 +108,11 @@ def stream(
         store: Of the table.
         group: Of the table.
         batch_size: Rows of a batch.
-        columns: Their names; those within `detections` by the path of the Parquet leaf.
+        columns: Names; `detections.category` is that field alone of the structs in `detections`.
     """
     with _opened(store, group.info) as file:
-        yield from file.iter_batches(batch_size, row_groups=[group.number], columns=list(columns))
+        leaves = _leaves(file, columns)
+        yield from file.iter_batches(batch_size, row_groups=[group.number], columns=leaves)
 
 
 def scan(
@@ -122,7 +123,7 @@ def scan(
     Args:
         store: The folder of the objects.
         infos: Tables of the one schema.
-        columns: Names; `detections.category` is that field alone of the structs in `detections`.
+        columns: See `stream`.
         batch_size: Rows, at most.
 
     Raises:
@@ -138,8 +139,7 @@ def scan(
 def model(store: Store, info: ObjectInfo) -> str:
     """Return the digest of the model that made an object; empty where its footer does not say."""
     with _opened(store, info) as file:
-        footer: dict[bytes, bytes] = file.metadata.metadata or {}
-    return footer.get(_MODEL, b"").decode()
+        return _model_of(file)
 
 
 @contextlib.contextmanager
@@ -161,8 +161,12 @@ def _look(store: Store, info: ObjectInfo) -> tuple[list[RowGroup], pa.Table, str
             for n in range(file.num_row_groups)
         ]
         names = file.read(columns=list(NAMES)).replace_schema_metadata(None)
-        footer = file.metadata.metadata or {}
-    return groups, names, footer.get(_MODEL, b"").decode()
+        return groups, names, _model_of(file)
+
+
+def _model_of(file: pq.ParquetFile) -> str:
+    footer: dict[bytes, bytes] = file.metadata.metadata or {}
+    return footer.get(_MODEL, b"").decode()
 
 
 def _check_columns(url: str, present: Sequence[str]) -> None:

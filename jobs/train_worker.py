@@ -135,10 +135,14 @@ class _Training:
         if self.job.val is None:
             self._renew_statistics()
             self._save()
-        elif self.history and "loss" in self.history[-1]:
+        elif not self._is_evaluated():
             # Went on, with more workers, from a checkpoint behind which there is no whole step.
             self._evaluate(self.job.val)
             self._save()
+
+    def _is_evaluated(self) -> bool:
+        steps = self.trainer.steps
+        return any("loss" not in point and point["step"] == steps for point in self.history)
 
     def _go_on_from(self, path: str | None) -> None:
         if path is None:

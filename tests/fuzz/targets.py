@@ -89,7 +89,7 @@ def _contents(data: bytes) -> list[bytes]:
 
 
 class OneObject(Store):
-    """A store in memory that holds one object."""
+    """A store in memory that holds one object, to be read only."""
 
     def __init__(self, data: bytes, path: str = "a.tar") -> None:
         self.uri = "memory://"
@@ -112,15 +112,15 @@ class OneObject(Store):
 
     @override
     def put(self, path: str, data: bytes) -> None:
-        raise NotImplementedError
+        raise io.UnsupportedOperation(path)
 
     @override
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        raise NotImplementedError
+        raise io.UnsupportedOperation(path)
 
     @override
     def delete(self, path: str) -> None:
-        raise NotImplementedError
+        raise io.UnsupportedOperation(path)
 
 
 # --- mutations are mended, or a checksum would end them all ----------------------------------------

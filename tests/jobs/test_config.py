@@ -11,6 +11,7 @@ from jobs.__main__ import VERBS
 from jobs.config import (
     ConfigError,
     DemoConfig,
+    ExportConfig,
     InitConfig,
     PackConfig,
     PredictConfig,
@@ -77,6 +78,8 @@ def needed(class_: type[Any]) -> dict[str, Any]:
 COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (PackConfig, "score_threshold"): {"predictions": "some text"},
     (TrainConfig, "scale_max"): {"scale_min": 0.25},
+    (ExportConfig, "subset"): {"annotations": "some text"},
+    (ExportConfig, "image_prefix"): {"to": "labelstudio"},
 }
 
 
@@ -143,7 +146,10 @@ def test_the_printed_configuration_is_one(
         for field in dataclasses.fields(class_)
         # They bound or exclude others.
         if (class_, field.name)
-        not in ((PredictConfig, "min_actors"), (PackConfig, "annotations"), (TrainConfig, "model"))
+        not in (
+            *((PredictConfig, "min_actors"), (PackConfig, "annotations"), (TrainConfig, "model")),
+            (ExportConfig, "image_prefix"),
+        )
     }
     arguments = as_arguments(class_, values)
     with pytest.raises(SystemExit) as caught:
@@ -248,6 +254,18 @@ BELOW_ONE = "must be 1 or more, not 0"
         (InitConfig, {"norm_eps": -1.0}, "--norm-eps must be 0 or more, not -1"),
         (PackConfig, {"shard_size": 0}, f"--shard-size {BELOW_ONE}"),
         (PackConfig, {"predictions": "p", "annotations": "a"}, "--annotations and --predictions"),
+        (
+            ExportConfig,
+            {"to": "yolo-seg", "image_prefix": "p"},
+            "--image-prefix is of --to labelstudio",
+        ),
+        (ExportConfig, {"to": "labelstudio"}, "--to labelstudio needs --image-prefix"),
+        (
+            ExportConfig,
+            {"to": "yolo-seg", "annotations": "a"},
+            "--annotations is of --to coco-results",
+        ),
+        (ExportConfig, {"to": "coco-results", "subset": True}, "--subset needs --annotations"),
         (PackConfig, {"score_threshold": 0.5}, "--score-threshold needs --predictions"),
         (
             PackConfig,

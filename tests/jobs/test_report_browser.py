@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from jobs.__main__ import main
 from tests.jobs.report_tables import make_scenes
 
 CHROMIUM = shutil.which("chromium")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 
 # How many pixels of a canvas are drawn upon, and whether any has a colour.
@@ -38,7 +38,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         # Chromium's sandbox refuses to run as root, which continuous integration often is.
         flags = ["--no-sandbox"] if os.getuid() == 0 else []
         launched = driver.chromium.launch(executable_path=CHROMIUM, args=flags)

@@ -150,3 +150,35 @@ def test_only_a_failure_of_a_group_that_stands_is_final(
         dist.destroy_process_group()
     assert ray.get(board.failure.remote()) == "an image has no mask"
     ray.kill(board)
+
+
+class AtTheEnd(Waiting):
+    """A worker for which the feed has nothing, at step 5, with a validation set."""
+
+    def __init__(self, history: list[Any]) -> None:
+        super().__init__(saves_needed=0)
+        self.history = history
+        self.job: Any = SimpleNamespace(val="some set")
+        self.evaluated: list[Any] = []
+
+    def _micro_batches(self) -> Iterator[tuple[list[Any], ...]]:
+        yield from ()
+
+    def _evaluate(self, val: Any) -> None:
+        self.evaluated.append(val)
+
+
+@pytest.mark.parametrize(
+    ("history", "evaluated"),
+    [
+        ([{"step": 4, "loss": 1.0}, {"step": 5, "mask_AP": 0.1}], False),
+        ([{"step": 5, "loss": 1.0}], True),
+        # Not every step is in the history.
+        ([{"step": 3, "mask_AP": 0.1}], True),
+    ],
+)
+def test_the_last_weights_are_evaluated_once(history: list[Any], *, evaluated: bool) -> None:
+    worker = AtTheEnd(history)
+    worker.go()
+    assert worker.evaluated == ["some set"] * evaluated
+    assert len(worker.saved) == evaluated
