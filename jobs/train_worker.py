@@ -122,27 +122,38 @@ class _Training:
     def go(self) -> None:
         """Train, evaluate and save until nothing is left."""
         self._post({"workers": self.num_workers, "step": self.trainer.steps})
+        if self.position and self._evaluation_is_due(self.position - self.stride):
+            # Went on from a checkpoint that was saved for an evaluation.
+            self._evaluate_and_save()
         self.clock = time.monotonic()
         for samples in self._micro_batches():
-            started = self.position
+            before = self.position
             self._step(samples)
-            if self.job.val is not None and self._evaluation_is_due(started):
-                self._evaluate(self.job.val)
-                self._save()
+            if self._evaluation_is_due(before):
+                self._evaluate_and_save()
                 self.clock = time.monotonic()
             elif self.trainer.steps % self.job.checkpoint_every == 0:
                 self._save()
         if self.job.val is None:
             self._renew_statistics()
             self._save()
-        elif not self._is_evaluated():
+        else:
             # Went on, with more workers, from a checkpoint behind which there is no whole step.
-            self._evaluate(self.job.val)
-            self._save()
+            self._evaluate_and_save()
 
-    def _is_evaluated(self) -> bool:
+    def _evaluate_and_save(self) -> None:
+        """Evaluate, unless it is done.
+
+        That may take longer than a notice leaves: the checkpoint ahead of it is why a node that is
+        lost meanwhile costs the evaluation and no step.
+        """
+        assert self.job.val is not None
         steps = self.trainer.steps
-        return any("loss" not in point and point["step"] == steps for point in self.history)
+        if any("loss" not in point and point["step"] == steps for point in self.history):
+            return
+        self._save_new()
+        self._evaluate(self.job.val)
+        self._save()
 
     def _go_on_from(self, path: str | None) -> None:
         if path is None:
@@ -286,6 +297,8 @@ class _Training:
         return epoch + (self.position - first) / (behind - first)
 
     def _evaluation_is_due(self, before: int) -> bool:
+        if self.job.val is None:
+            return False
         if self.position == self.stop:
             return True
         first, now = self.order.epoch(before), self.order.epoch(self.position)

@@ -17,6 +17,7 @@ from jobs import train_worker
 from jobs.board import Board
 from jobs.cluster import ClusterError
 from jobs.train_worker import Job, _Training
+from segmodel.order import Order
 
 BATCH: tuple[list[Any], ...] = ([],)
 
@@ -152,20 +153,34 @@ def test_only_a_failure_of_a_group_that_stands_is_final(
     ray.kill(board)
 
 
-class AtTheEnd(Waiting):
-    """A worker for which the feed has nothing, at step 5, with a validation set."""
+class Evaluating(Waiting):
+    """A worker at step 5 with a validation set; what it does is in `done`."""
 
-    def __init__(self, history: list[Any]) -> None:
+    def __init__(self, history: list[Any], position: int = 5, epochs: int = 1) -> None:
         super().__init__(saves_needed=0)
         self.history = history
-        self.job: Any = SimpleNamespace(val="some set")
-        self.evaluated: list[Any] = []
+        self.job: Any = SimpleNamespace(val="some set", eval_every=1, checkpoint_every=100)
+        self.order = Order(chunk_rows=(5,), batch_size=1, window_chunks=1, seed=0)
+        self.position, self.stride, self.stop = position, 1, 5 * epochs
+        self.done: list[str] = []
 
     def _micro_batches(self) -> Iterator[tuple[list[Any], ...]]:
-        yield from ()
+        yield from [BATCH] * (self.stop - self.position)
+
+    def _step(self, samples: Any) -> None:
+        self.position += 1
+        self.trainer.steps += 1
+        self.history.append({"step": self.trainer.steps, "loss": 1.0})
+        self.done.append("step")
 
     def _evaluate(self, val: Any) -> None:
-        self.evaluated.append(val)
+        assert val == "some set"
+        self.history.append({"step": self.trainer.steps, "mask_AP": 0.1})
+        self.done.append("evaluate")
+
+    def _save(self) -> None:
+        self.saved_at = self.trainer.steps
+        self.done.append("save")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +193,23 @@ class AtTheEnd(Waiting):
     ],
 )
 def test_the_last_weights_are_evaluated_once(history: list[Any], *, evaluated: bool) -> None:
-    worker = AtTheEnd(history)
+    worker = Evaluating(history)
     worker.go()
-    assert worker.evaluated == ["some set"] * evaluated
-    assert len(worker.saved) == evaluated
+    assert worker.done == ["save", "evaluate", "save"] * evaluated
+
+
+def test_an_evaluation_stands_between_two_checkpoints_so_that_its_loss_costs_no_step() -> None:
+    worker = Evaluating([], position=3, epochs=2)
+    worker.go()
+    scored = ["save", "evaluate", "save"]
+    assert worker.done == ["step"] * 2 + scored + ["step"] * 5 + scored
+
+
+def test_an_evaluation_that_was_cut_off_is_made_good_when_the_training_goes_on() -> None:
+    worker = Evaluating([{"step": 5, "loss": 1.0}], position=5, epochs=2)
+    worker.saved_at = 5
+    worker.go()
+    assert worker.done[:3] == ["evaluate", "save", "step"]
+    done = Evaluating([{"step": 5, "mask_AP": 0.1}], position=5, epochs=2)
+    done.go()
+    assert done.done[0] == "step"

@@ -56,4 +56,5 @@ def as_torchvision(one: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         "labels": torch.from_numpy(one.labels),
         "masks": torch.stack(masks) if masks else torch.zeros((0, *size_hw), dtype=torch.uint8),
     }
-    return torch.from_numpy(one.image).permute(2, 0, 1) / 255, target
+    # A flipped image is a view with negative strides, which torch does not take.
+    return torch.from_numpy(np.ascontiguousarray(one.image)).permute(2, 0, 1) / 255, target
