@@ -12,8 +12,10 @@ demo: .venv/.ready
 demo-model: .venv/.ready
 	$(BIN)/python -m jobs.demo_model build/demo-model
 
+# Two files of tests at a time, whatever the machine: each has a Ray of its own, and much of a test's time is
+# waiting for processes to start.
 test: .venv/.ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
