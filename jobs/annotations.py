@@ -8,13 +8,14 @@ base name.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pycocotools import mask as mask_api
 
 from jobs import chunks
 from jobs.chunks import Chunk
@@ -38,12 +39,14 @@ class Annotations:
         rows: A table of `PREDICTIONS`, a row for each image of the file.
         file_names: Of the images, without a leading `./`.
         categories: `{"id", "name"}` of each, by id, used or not.
+        notes: What a person should know.
     """
 
     uri: str
     rows: pa.Table
     file_names: list[str]
     categories: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def parse(data: bytes, uri: str) -> Annotations:
             raise PackError("not a COCO instances file: it is no JSON object")
         categories = coco.categories(file)
         rows = coco.rows(file)
+        notes = _refuse_bare(file)
         parts = []
         while some := list(islice(rows, ROWS_AT_A_TIME)):
             parts.append(pa.Table.from_pylist(some, PREDICTIONS))
@@ -91,11 +95,48 @@ def parse(data: bytes, uri: str) -> Annotations:
         raise PackError(f"{uri}: {error}") from error
     if not parts:
         raise PackError(f"{uri}: it has no images")
+    table = pa.concat_tables(parts).combine_chunks()
     return Annotations(
         uri=uri,
-        rows=pa.concat_tables(parts).combine_chunks(),
+        rows=table,
         file_names=[image["file_name"].removeprefix("./") for image in file["images"]],
         categories=categories,
+        notes=(*notes, *_note_of_empty(table)),
+    )
+
+
+def _refuse_bare(file: Mapping[str, Any]) -> tuple[str, ...]:
+    """Refuse annotations without a mask among others that have one; say where none has.
+
+    Raises:
+        PackError: There are some: neither training nor evaluating could do anything with the set.
+    """
+    annotations = file.get("annotations") or []
+    bare = [one["id"] for one in annotations if not one.get("segmentation")]
+    if not bare:
+        return ()
+    if len(bare) == len(annotations):
+        return ("no annotation has a mask: the set serves to evaluate boxes, not to train",)
+    raise PackError(
+        f"{len(bare)} of {len(annotations)} annotations have no mask, such as those with the ids "
+        f"{some_of(bare)}: give them one, or take them out"
+    )
+
+
+def _note_of_empty(rows: pa.Table) -> tuple[str, ...]:
+    """Say how many masks have no pixel: outlines outside of their image, or thinner than a pixel."""
+    found: list[str] = []
+    number = 0
+    for batch in rows.select(["image_id", "detections"]).to_batches(ROWS_AT_A_TIME):
+        for row in batch.to_pylist():
+            masks = [d["segmentation"] for d in row["detections"] if d["segmentation"]]
+            empty = int((mask_api.area(masks) == 0).sum()) if masks else 0
+            number += empty
+            found += [row["image_id"]] if empty else []
+    if not number:
+        return ()
+    return (
+        f"{number} masks have no pixel within their image; they stay, as nothing: {some_of(found)}",
     )
 
 
@@ -118,7 +159,7 @@ def match(annotations: Annotations, planned: Plan, source: Source) -> Matched:
         keeps=keeps,
         records=(rows.take([row for _, row in sorted(of_chunk[n])]) for n in sorted(of_chunk)),
         categories=annotations.categories,
-        notes=(note,) if num_by_base else (),
+        notes=(*annotations.notes, *((note,) if num_by_base else ())),
     )
 
 

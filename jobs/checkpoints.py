@@ -71,6 +71,11 @@ def save(store: Store, checkpoint: Checkpoint) -> None:
             store.delete(path)
 
 
+def is_there(store: Store, steps: int) -> bool:
+    """Say whether the checkpoint of so many steps is kept."""
+    return store.info(path_of(steps)) is not None
+
+
 def load(store: Store, path: str) -> Checkpoint:
     """Read a checkpoint.
 

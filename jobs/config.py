@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
@@ -209,7 +210,9 @@ class TrainConfig:
     schedule: Literal["cosine", "step"] = option("how the learning rate falls", "cosine")
     clip_norm: float = option("longest gradient; 0 for no limit", 10.0)
     ema_decay: float = option("of the average of the weights; 0 for none", 0.999)
-    precision: Precision = option("auto is bf16 on GPUs that have it, else fp32", "auto")
+    precision: Precision = option(
+        "auto is bf16 on GPUs, fp32 on CPUs; fp16 is for GPUs that have no bf16", "auto"
+    )
     norm: Literal["auto", "train", "sync", "frozen"] = option(
         "batch statistics; auto freezes those of --model, else trains them (over all GPUs: sync)",
         "auto",
@@ -255,8 +258,14 @@ class TrainConfig:
             _check(name, getattr(self, name), lambda v: 0 <= v <= 1, "from 0 to 1")
         for name in ("weight_decay", "warmup_epochs", "clip_norm", "max_failures", "seed"):
             _check(name, getattr(self, name), lambda v: v >= 0, "0 or more")
+        for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "scale_max"):
+            _check(name, getattr(self, name), math.isfinite, "a finite number")
         _check("learning_rate", self.learning_rate, lambda v: v > 0, "more than 0")
         _check("freeze_stages", self.freeze_stages, lambda v: 0 <= v <= 5, "from 0 to 5")
+        self._refuse_what_does_not_go_together()
+        _ = self.worker_range
+
+    def _refuse_what_does_not_go_together(self) -> None:
         if not 0 < self.scale_min <= self.scale_max:
             raise ConfigError(
                 f"--scale-min ({self.scale_min}) must be more than 0, and at most --scale-max "
@@ -264,7 +273,15 @@ class TrainConfig:
             )
         if self.model is not None and self.arch is not None:
             raise ConfigError("--model brings its architecture: leave --arch out")
-        _ = self.worker_range
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(
+                f"--warmup-epochs ({self.warmup_epochs:g}) is more than --epochs ({self.epochs}): the learning "
+                "rate would never reach its peak"
+            )
+        if self.copy_paste and self.batch_size == 1:
+            raise ConfigError(
+                "--copy-paste takes instances from other images of a batch: --batch-size must be 2 or more"
+            )
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

@@ -36,10 +36,8 @@ def finish(
         last: The checkpoint at the end.
         seconds: That this run took.
     """
-    best = last
-    if last.best is not None and last.best["step"] != last.steps:
-        best = checkpoints.load(output, checkpoints.path_of(last.best["step"]))
-    trained = _bundle(config, task, best, last.best or {})
+    best, scored = _best(output, last)
+    trained = _bundle(config, task, best, scored)
     uri = f"{config.output.rstrip('/')}/{BUNDLE}"
     save_bundle(uri, trained, config.endpoint_url)
     output.put(HISTORY, json.dumps(last.history, indent=1).encode())
@@ -56,6 +54,19 @@ def finish(
     }
     write.put_marks(output, manifest)
     _show_summary(output, uri, trained, best, last, seconds)
+
+
+def _best(output: Store, last: Checkpoint) -> tuple[Checkpoint, Mapping[str, Any]]:
+    """Return the best checkpoint that is still there, and its scores."""
+    if last.best is None:
+        return last, {}
+    step = last.best["step"]
+    if step == last.steps:
+        return last, last.best
+    if checkpoints.is_there(output, step):
+        return checkpoints.load(output, checkpoints.path_of(step)), last.best
+    of_last = (p for p in last.history if p["step"] == last.steps and "loss" not in p)
+    return last, next(of_last, {})
 
 
 def _bundle(config: TrainConfig, task: Task, best: Checkpoint, scored: Mapping[str, Any]) -> Bundle:

@@ -84,7 +84,9 @@ def freeze(output: Store, config: TrainConfig, task: Task) -> None:
     Raises:
         ConfigError: The output belongs to another training; the message names the difference.
     """
-    described = described_by(config) | {
+    # Whatever the places are called now: what lies there has a digest.
+    settings = {n: v for n, v in described_by(config).items() if n not in ("train", "val", "model")}
+    described = settings | {
         "train data": task.train.digest,
         "val data": task.val and task.val.digest,
         "first weights": task.bundle.digest,

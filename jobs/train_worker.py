@@ -95,6 +95,7 @@ class _Training:
         self.job = job
         self.rank, self.num_workers = dist.get_rank(), dist.get_world_size()
         device = ray.train.torch.get_device()
+        _refuse_precision(job.recipe.precision, device)
         self.nodes = self._gathered(ray.get_runtime_context().get_node_id())
         # Of a worker on a CPU, and for decoding.
         self.threads = self._threads()
@@ -160,7 +161,10 @@ class _Training:
             return
         found = checkpoints.load(self.job.output, path)
         self.trainer.load(found.tensors, found.plain)
-        self.position, self.history, self.best = found.position, [*found.history], found.best
+        self.position, self.history = found.position, [*found.history]
+        # Where somebody deleted a damaged checkpoint, the best one before it may be gone too.
+        if found.best and checkpoints.is_there(self.job.output, found.best["step"]):
+            self.best = found.best
         self.saved_at = found.steps
 
     def _micro_batches(self) -> Iterator[tuple[list[Sample], ...]]:
@@ -395,6 +399,21 @@ class _Training:
         checkpoints.save(self.job.output, checkpoint)
         self.job.output.put(CURVES, plots.curves(self.history))
         self._post({"step": self.trainer.steps, "saved": True})
+
+
+def _refuse_precision(precision: str, device: torch.device) -> None:
+    """Refuse bf16 on a GPU that would only imitate it.
+
+    Raises:
+        TrainingError: It would.
+    """
+    if precision != "bf16" or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise TrainingError(
+            f"{torch.cuda.get_device_name(device)} has no bf16: say --precision fp16 or fp32, with another "
+            "--output"
+        )
 
 
 def _scores(found: Evaluation) -> dict[str, float]:

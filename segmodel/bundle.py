@@ -195,13 +195,23 @@ def _card(bundle: Bundle) -> str:
         "",
         "## Provenance",
         "",
-        *(f"- {key}: {value}" for key, value in bundle.provenance.items()),
+        *(line for item in bundle.provenance.items() for line in _card_lines(*item)),
         "",
         "## Metrics",
         "",
-        *([f"- {key}: {value}" for key, value in bundle.metrics.items()] or ["None measured yet."]),
+        *(line for item in bundle.metrics.items() for line in _card_lines(*item)),
+        *([] if bundle.metrics else ["None measured yet."]),
         "",
         "Run it with `segjobs predict --model DIR --input URI --output URI`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _card_lines(key: str, value: Any) -> list[str]:
+    """Return an entry of a card, with its parts below it."""
+    if not isinstance(value, Mapping):
+        # COCO's mark for what cannot be measured.
+        return [f"- {key}: {'there is no truth of that kind' if value == -1 else value}"]
+    lines = (line for item in value.items() for line in _card_lines(*item))
+    return [f"- {key}:", *(f"  {line}" for line in lines)]

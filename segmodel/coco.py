@@ -11,6 +11,10 @@ from pycocotools import mask as coco_mask
 from segmodel import schema
 from segmodel.schema import Rle
 
+# Corners may lie outside of their image, as after a crop, but not further than so many times its longer
+# side: maskApi takes memory for every pixel of the way there, and soon computes with numbers that overflowed.
+_FURTHEST = 10
+
 Record: TypeAlias = Mapping[str, Any]
 ImageIdOf: TypeAlias = Callable[[str], tuple[str, str]]  # file_name -> shard, key
 
@@ -63,7 +67,9 @@ def rows(coco: Record, image_id_of: ImageIdOf = shard_and_key) -> Iterator[dict[
     for number, annotation in _by_id(coco, "annotations").items():
         for kind, known in (("image", images), ("category", categories)):
             of = annotation.get(f"{kind}_id")
-            if not _is_integer(of) or of not in known:
+            if not _is_integer(of):
+                raise ValueError(f"annotation {number} has the {kind}_id {of!r}, no whole number")
+            if of not in known:
                 raise ValueError(f"annotation {number} is of {kind} {of!r}, which is not there")
         annotations[annotation["image_id"]].append(annotation)
 
@@ -263,6 +269,11 @@ def _counts_of_polygons(polygons: Any, height: int, width: int) -> str:
         usable = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
         if not usable or not all(map(_is_number, polygon)):
             raise ValueError(f"bad segmentation, neither RLE nor polygons: {polygon!r:.60}")
+        furthest = max(polygon, key=abs)
+        if abs(furthest) > _FURTHEST * max(height, width):
+            raise ValueError(
+                f"its outline reaches to {furthest:g}, far outside of the image of {width} x {height} pixels"
+            )
     counts: bytes = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]
     return counts.decode()
 
@@ -316,4 +327,10 @@ def _is_integer(value: Any) -> TypeGuard[int]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Say whether a value is a number that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -36,6 +36,8 @@ WARMUP_FACTOR = 0.001
 # Of the schedule `step`: the rate falls to a tenth at these shares of all epochs, as in
 # detectron2's 1x schedule (60k and 80k of 90k steps).
 MILESTONES = (2 / 3, 8 / 9)
+# fp16 halves its factor, 65536 at first, where a gradient overflows. Below this it is no overflow.
+LEAST_FP16_SCALE = 1.0
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -190,7 +192,7 @@ class Trainer:
 
         Returns:
             The losses of all workers' images by name, their sum `loss`, `learning_rate`,
-            `gradient_norm` (not where fp16 overflowed, which skips the step) and `images`.
+            `gradient_norm` (not where fp16 overflowed, which skips the update) and `images`.
 
         Raises:
             TrainingError: A loss or a gradient is not finite; the message names the images. The weights
@@ -241,6 +243,8 @@ class Trainer:
             self._stop("the gradient", [sample for samples in micro_batches for sample in samples])
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        if not math.isfinite(norm) and self._scaler.get_scale() < LEAST_FP16_SCALE:
+            self._stop("the gradient", [sample for samples in micro_batches for sample in samples])
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             # Early on the average follows quickly, so that it forgets the first weights.

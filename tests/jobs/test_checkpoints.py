@@ -43,6 +43,13 @@ def test_the_best_and_the_last_two_are_kept(tmp_path: Path) -> None:
     assert checkpoints.last(store) == checkpoints.path_of(1000)
 
 
+def test_a_best_one_that_is_gone_is_known_to_be(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    checkpoints.save(store, replace(CHECKPOINT, steps=5))
+    assert checkpoints.is_there(store, 5)
+    assert not checkpoints.is_there(store, 4)
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "no checkpoint"])
 def test_damage_is_said_with_what_to_do(tmp_path: Path, damage: str) -> None:
     store = open_store(str(tmp_path))

@@ -252,6 +252,9 @@ BELOW_ONE = "must be 1 or more, not 0"
         (InitConfig, {"min_size": 0}, "--min-size must be 32 or more, not 0"),
         (InitConfig, {"max_size": 0}, "--max-size must be 32 or more, not 0"),
         (InitConfig, {"norm_eps": -1.0}, "--norm-eps must be 0 or more, not -1"),
+        (TrainConfig, {"learning_rate": float("inf")}, "--learning-rate must be a finite number"),
+        (TrainConfig, {"epochs": 1, "warmup_epochs": 1.5}, r"--warmup-epochs \(1.5\) is more than"),
+        (TrainConfig, {"copy_paste": 0.5, "batch_size": 1}, "--batch-size must be 2 or more"),
         (PackConfig, {"shard_size": 0}, f"--shard-size {BELOW_ONE}"),
         (PackConfig, {"predictions": "p", "annotations": "a"}, "--annotations and --predictions"),
         (

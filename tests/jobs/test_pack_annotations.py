@@ -19,7 +19,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from jobs import annotations
 from jobs.__main__ import main
+from jobs.records import PackError
 from jobs.storage import open_store
 from jobs.store import Store
 from segmodel import coco, scenes
@@ -318,3 +320,35 @@ def test_other_annotations_are_refused(place: Place, capsys: pytest.CaptureFixtu
     assert "annotations_digest was" in capsys.readouterr().err
     assert pack(str(root / "in"), str(root / "out")) == 1
     assert "and is now None" in capsys.readouterr().err
+
+
+def parsed(file: Mapping[str, Any]) -> annotations.Annotations:
+    return annotations.parse(json.dumps(file).encode(), "truth.json")
+
+
+def test_annotations_without_a_mask_among_others_are_named() -> None:
+    file, _ = truth(4)
+    for annotation, none in zip(file["annotations"], ([], None), strict=False):
+        annotation["segmentation"] = none
+    number, ids = len(file["annotations"]), [a["id"] for a in file["annotations"][:2]]
+    with pytest.raises(
+        PackError, match=f"2 of {number} annotations have no mask.* {ids[0]}, {ids[1]}"
+    ):
+        parsed(file)
+    for annotation in file["annotations"]:
+        annotation["segmentation"] = []
+    assert parsed(file).notes == (
+        "no annotation has a mask: the set serves to evaluate boxes, not to train",
+    )
+
+
+def test_masks_without_a_pixel_are_said() -> None:
+    file, _ = truth(4)
+    assert parsed(file).notes == ()
+    victim = file["annotations"][-1]
+    victim["segmentation"] = [[100, 100, 120, 100, 120, 120]]
+    (note,) = parsed(file).notes
+    names = {image["id"]: image["file_name"] for image in file["images"]}
+    shard, _, key = names[victim["image_id"]].partition("/")
+    assert note.startswith("1 masks have no pixel")
+    assert f"{shard}#{key}" in note

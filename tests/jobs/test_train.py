@@ -341,6 +341,7 @@ def test_what_helps_a_loss_that_is_not_finite_may_change_and_nothing_else(
     train_task.freeze(output, config, task)
     other = replace(config, learning_rate=0.001, warmup_epochs=2.0, clip_norm=1.0, workers=2)
     train_task.freeze(output, other, task)
+    train_task.freeze(output, replace(config, train=f"{packed}/./train/"), task)
     with pytest.raises(ConfigError, match=r"momentum was 0\.9 and is now 0\.5"):
         train_task.freeze(output, replace(other, momentum=0.5), task)
 

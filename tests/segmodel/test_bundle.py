@@ -30,7 +30,7 @@ def small() -> Bundle:
         score_threshold=0.3,
         max_detections=20,
         provenance={"weights": "random", "seed": 0},
-        metrics={"val": {"box AP": 0.25}},
+        metrics={"val": {"box AP": 0.25, "box APl": -1.0}},
         digest="",
     )
 
@@ -349,6 +349,10 @@ def test_the_model_card_says_what_it_is(folder: Folder, small: Bundle) -> None:
     assert "- Score threshold 0.3, at most 20 detections" in lines
     assert "- Categories: bird, ängstliche crab" in lines
     assert "- seed: 0" in lines
-    assert "- val: {'box AP': 0.25}" in lines
+    at = lines.index("- val:")
+    assert lines[at + 1 : at + 3] == [
+        "  - box AP: 0.25",
+        "  - box APl: there is no truth of that kind",
+    ]
     save(folder, replace(small, metrics={}))
     assert "None measured yet." in (folder / CARD).read_text(encoding="utf-8")

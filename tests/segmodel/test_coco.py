@@ -134,10 +134,12 @@ BAD_FILES = {
     "image 1 has no file_name": lambda file: file["images"][0].pop("file_name"),
     "image 1 .* no height and width": lambda file: file["images"][0].update(width=0),
     "annotation 7 is of image 9,": change(image_id=9),
-    "annotation 7 is of category None,": change(category_id=None),
-    r"annotation 7 is of category \[3\],": change(category_id=[3]),
+    "annotation 7 has the category_id None, no whole": change(category_id=None),
+    "annotation 7 has the category_id 3.0, no whole": change(category_id=3.0),
+    "annotation 7 is of category 4, which": change(category_id=4),
     "annotation 7 of image 1: bad bbox None": change(bbox=None),
     r"annotation 7 .* bad bbox \[1, 2, 3\]": change(bbox=[1, 2, 3]),
+    "annotation 7 .* bad bbox .*000.*, not four": change(bbox=[1, 2, 3, 10**400]),
     "annotation 7 .* bad bbox .* not four": change(bbox=[1, 2, 3, float("nan")]),
     "annotation 7 .* bad bbox .* negative": change(bbox=[1, 2, 3, -1]),
     "annotation 7 .* bad area": change(area=-1),
@@ -153,6 +155,8 @@ BAD_FILES = {
     "end within a number": mask_of([HEIGHT, WIDTH], "P"),
     "neither RLE nor polygons: 'x'": change(segmentation="x"),
     r"neither RLE nor polygons: \[1, 2, 3, 4\]": change(segmentation=[[1, 2, 3, 4]]),
+    "annotation 7 .* reaches to 1e.09, far outside": change(segmentation=[[0, 0, 1e9, 0, 1, 1]]),
+    "annotation 7 .* reaches to -301, far outside": change(segmentation=[[0, 0, 9, 0, 1, -301]]),
     "neither RLE nor polygons: .*inf": change(segmentation=[[1, 2, 3, 4, 5, float("inf")]]),
 }
 

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from segmodel.losses import LOSSES
 from segmodel.model import mask_rcnn
 from segmodel.targets import Sample
-from segmodel.training import Recipe, Trainer, TrainingError, learning_rate
+from segmodel.training import (
+    LEAST_FP16_SCALE,
+    Recipe,
+    Trainer,
+    TrainingError,
+    learning_rate,
+)
 from tests.segmodel.training_samples import as_torchvision, bundle, sample
 
 CPU = torch.device("cpu")
@@ -213,6 +219,22 @@ def test_a_gradient_that_is_not_finite_stops_with_the_images(clip_norm: float) -
     assert all(sample.image_id in str(raised.value) for sample in batch)
     after = one.weights()
     assert all(torch.equal(before[name], after[name]) for name in before if "running" not in name)
+
+
+def test_fp16_does_not_go_on_for_ever_with_gradients_that_are_not_finite() -> None:
+    one = trainer(precision="fp16")
+    before = {name: tensor.clone() for name, tensor in one.weights().items()}
+    parameter = next(p for p in one.model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * torch.nan)
+    batch = pairs(1)[0]
+    # An overflow is no error: another factor may be small enough.
+    assert "gradient_norm" not in one.step([batch], epoch=0.0)
+    one._scaler.update(LEAST_FP16_SCALE)
+    with pytest.raises(TrainingError, match="the gradient of step 1 is not finite"):
+        one.step([batch], epoch=0.0)
+    after = one.weights()
+    trained = [name for name, _ in one.model.named_parameters()]
+    assert all(torch.equal(before[name], after[name]) for name in trained)
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:
