@@ -19,10 +19,11 @@ from pycocotools import mask as mask_api
 
 from jobs import chunks
 from jobs.chunks import Chunk
-from jobs.plan import Plan, in_order
+from jobs.plan import Plan
 from jobs.read import Source, read_names
 from jobs.records import Matched, PackError, some_of
 from jobs.storage import open_uri
+from jobs.tasks import in_order
 from segmodel import coco
 from segmodel.schema import PREDICTIONS
 

@@ -27,6 +27,9 @@ LOCAL = {
     "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000, "task_oom_retries": 3},
 }
 
+# How long to wait when Ray has ended a process because its node ran out of memory: others may have used it.
+MEMORY_WAITS_S = (1.0, 4.0, 16.0, 64.0)
+
 
 class ClusterError(RuntimeError):
     """Ray could not do what was asked; the message says why, and what to do."""
@@ -84,14 +87,24 @@ def plain_errors() -> Iterator[None]:
         ) from error
 
 
+def lacked_memory(error: RayError) -> bool:
+    """Say whether Ray ended a process because its node ran out of memory."""
+    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
+
+
+def lost_node(error: RayError) -> bool:
+    """Say whether Ray lost the node that a process or an object was on."""
+    return isinstance(error, NodeDiedError | ObjectLostError) or "node has died" in str(error)
+
+
 def reason(error: RayError) -> str:
     """Say in a few words what Ray lost."""
     words = str(error)
     if isinstance(error, OutOfDiskError):
         return "the disk of a node is full where Ray puts what does not fit its memory: free some"
-    if isinstance(error, OutOfMemoryError) or "running low on memory" in words:
+    if lacked_memory(error):
         return "Ray ended the process, since its node ran out of memory"
-    if isinstance(error, NodeDiedError | ObjectLostError) or "node has died" in words:
+    if lost_node(error):
         return "its node was lost"
     if "creation task" in words:
         return "an actor could not be started: " + words.strip().rpartition("\n")[2]

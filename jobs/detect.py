@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,13 +66,24 @@ class Input:
         return digest.hexdigest()
 
 
-def look(uri: str, format_: Format, endpoint_url: str | None) -> Input:
+def here(function: Callable[..., bool], *call: Any) -> bool:
+    """Ask a question in this process."""
+    return function(*call)
+
+
+def look(
+    uri: str,
+    format_: Format,
+    endpoint_url: str | None,
+    ask: Callable[..., bool] = here,
+) -> Input:
     """List an input and find out how to read it.
 
     Args:
         uri: A folder, or one shard, manifest or image.
         format_: What the user asked for.
         endpoint_url: See `storage.open_store`.
+        ask: Where objects are looked into: a file may be the end of the process that does.
 
     Raises:
         InputError: There is nothing, or more than one kind of input and none was asked for.
@@ -83,7 +94,9 @@ def look(uri: str, format_: Format, endpoint_url: str | None) -> Input:
     kinds = [_kind(path) for path in listing["path"].to_pylist()]
     if "parquet" in kinds:
         first = listing.slice(kinds.index("parquet"), 1)
-        as_manifest = _is_manifest(store, first) if format_ == "auto" else format_ == "manifest"
+        as_manifest = (
+            ask(_is_manifest, store, first) if format_ == "auto" else format_ == "manifest"
+        )
         kinds = ["manifest" if kind == "parquet" and as_manifest else kind for kind in kinds]
     chosen, why = _choose(format_, Counter(kinds), uri)
     kept = listing.filter(pa.array([kind == chosen for kind in kinds]))

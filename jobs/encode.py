@@ -108,9 +108,10 @@ def _encode_and_write(
     encoded = time.perf_counter()
     num_rows = rows.num_rows
     with retries.counted() as again:
-        if sealed.positions is not None:
-            rows = replace_rows(output, sealed.chunk_id, rows, sealed.positions)
-        counts = put_chunk(output, sealed.chunk_id, rows, footer)
+        if sealed.positions is None:
+            counts = put_chunk(output, sealed.chunk_id, rows, footer)
+        else:
+            counts = replace_rows(output, sealed.chunk_id, rows, sealed.positions, footer)
     seconds = {
         **sealed.seconds,
         "encode": encoded - started,

@@ -6,7 +6,7 @@ each image; loose images were listed already.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -119,8 +119,11 @@ def index_parquet(
         _refuse_repeated_ids([row["image_id"] for row in shard.rows], store.url(info.path))
     else:
         _, renamed = unique([row_key(row, n, shard.column) for n, row in enumerate(shard.rows)])
-    bytes_per_row = shard.num_bytes / max(1, len(shard.rows))
-    most_rows = max(1, min(chunk_size, int(MAX_CHUNK_BYTES / max(1, bytes_per_row))))
+    cuts = _row_cuts(
+        [rows for rows, _ in shard.sizes], [_most_rows(*of, chunk_size) for of in shard.sizes]
+    )
+    ends = np.cumsum([[0, 0], *shard.sizes], axis=0)
+    bytes_before = np.interp(cuts, ends[:, 0], ends[:, 1])
     return [
         Chunk(
             kind="parquet",
@@ -129,19 +132,23 @@ def index_parquet(
             etag=info.etag,
             start=first,
             num_images=last - first,
-            num_bytes=round(bytes_per_row * (last - first)),
+            num_bytes=round(num_bytes),
             renamed=tuple((n, key) for n, key in renamed.items() if first <= n < last),
         )
-        for first, last in pairwise(_row_cuts(shard.groups, most_rows))
+        for (first, last), num_bytes in zip(pairwise(cuts), np.diff(bytes_before), strict=True)
     ]
+
+
+def _most_rows(rows: int, num_bytes: int, chunk_size: int) -> int:
+    """Return how many rows of a row group a chunk may have."""
+    return max(1, min(chunk_size, MAX_CHUNK_BYTES * rows // max(1, num_bytes)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """A Parquet shard: rows of each group, bytes in memory, image column, columns of names, their rows."""
+    """A Parquet shard: rows and bytes in memory of each group, image column, columns of names, their rows."""
 
-    groups: list[int]
-    num_bytes: int
+    sizes: list[tuple[int, int]]
     column: str
     names: list[str]
     rows: list[dict[str, Any]]
@@ -150,14 +157,15 @@ class _Shard:
 def _look_into_parquet(store: Store, info: ObjectInfo, image_column: str | None) -> _Shard:
     file = pq.ParquetFile(store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
     column = find_image_column(file.schema_arrow, image_column)
-    groups, num_bytes = _row_groups(file.metadata)
+    sizes = _row_groups(file.metadata)
+    num_rows = sum(rows for rows, _ in sizes)
     names = key_columns(file.schema_arrow, column)
     rows = file.read(columns=names).to_pylist() if names else []
     if not names:
-        rows = [{}] * sum(groups)
-    if len(rows) != sum(groups):
-        raise pa.ArrowInvalid(f"{len(rows)} of {sum(groups)} rows have a name")
-    return _Shard(groups=groups, num_bytes=num_bytes, column=column, names=names, rows=rows)
+        rows = [{}] * num_rows
+    if len(rows) != num_rows:
+        raise pa.ArrowInvalid(f"{len(rows)} of {num_rows} rows have a name")
+    return _Shard(sizes=sizes, column=column, names=names, rows=rows)
 
 
 def look_twice(look: Callable[[], Result]) -> Result:
@@ -190,8 +198,8 @@ def id_digest(image_id: str) -> int:
     return int.from_bytes(blake2b(image_id.encode(), digest_size=8).digest(), "big")
 
 
-def _row_groups(metadata: pq.FileMetaData) -> tuple[list[int], int]:
-    """Return the rows of each row group, and what all take in memory: a page may hold ten times its size.
+def _row_groups(metadata: pq.FileMetaData) -> list[tuple[int, int]]:
+    """Return rows and bytes in memory of each row group: a page may hold ten times its size.
 
     Other columns are counted too: where one's entry is damaged, Arrow (26) aborts when asked for it.
 
@@ -202,7 +210,7 @@ def _row_groups(metadata: pq.FileMetaData) -> tuple[list[int], int]:
     rows, sizes = [g.num_rows for g in groups], [g.total_byte_size for g in groups]
     if sum(rows) != metadata.num_rows or min([*rows, *sizes], default=0) < 0:
         raise pa.ArrowInvalid("its footer contradicts itself about the number of rows")
-    return rows, min(sum(sizes), MAX_IMAGE_BYTES * max(1, metadata.num_rows))
+    return [(n, min(size, MAX_IMAGE_BYTES * n)) for n, size in zip(rows, sizes, strict=True)]
 
 
 def _refuse_repeated_ids(ids: list[str | None], url: str) -> None:
@@ -360,16 +368,21 @@ def _problem(member: tar.Member, tar_bytes: int) -> str:
     return ""
 
 
-def _row_cuts(group_rows: list[int], rows: int) -> list[int]:
-    """Return where to cut so that small row groups go together and a large one is split alone."""
-    cuts, start, held = [0], 0, 0
-    for group in group_rows:
-        if held and held + group > rows:
+def _row_cuts(group_rows: Sequence[int], most_rows: Sequence[int]) -> list[int]:
+    """Return where to cut so that small row groups go together and a large one is split alone.
+
+    Args:
+        group_rows: Rows of each group.
+        most_rows: That a chunk with rows of this group may have.
+    """
+    cuts, start, held, limit = [0], 0, 0, 0
+    for group, most in zip(group_rows, most_rows, strict=True):
+        limit = min(limit, most) if held else most
+        if held and held + group > limit:
             cuts.append(start)
-            held = 0
-        for offset in range(rows, group, rows):
+            held, limit = 0, most
+        for offset in range(limit, group, limit):
             cuts.append(start + offset)
-            held = 0
         start += group
         held = start - cuts[-1]
     return [*cuts, start] if start > cuts[-1] else cuts

@@ -18,10 +18,11 @@ from jobs import chunks
 from jobs.chunks import Chunk
 from jobs.detect import FOOTER_WINDOW, Input, InputError, look, objects_of
 from jobs.index import id_digest
-from jobs.plan import PLAN, Plan, in_order
+from jobs.plan import PLAN, Plan
 from jobs.read import Source, read_names
 from jobs.records import PLACES, Matched, PackError, some_of
 from jobs.store import ObjectInfo, StorageError, Store
+from jobs.tasks import in_order
 from jobs.write import SUCCESS
 from segmodel.schema import PREDICTIONS
 

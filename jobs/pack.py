@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from jobs import annotations, chunks, join, plan, records, retries, tally, write
+from jobs import annotations, chunks, join, plan, records, retries, tally, tasks, write
 from jobs.chunks import SHARDS_FOLDER
 from jobs.cluster import connect, plain_errors
 from jobs.config import PackConfig
@@ -136,7 +136,7 @@ def _planned(config: PackConfig, table: Input | None, output: Store) -> Plan:
     frozen = plan.load(output)
     if frozen is not None:
         plan.refuse_other_job(frozen, job, output)
-    found = look(config.images, config.format, config.endpoint_url)
+    found = look(config.images, config.format, config.endpoint_url, tasks.aside)
     if frozen is not None:
         plan.refuse_changed_input(frozen, found, output)
         return frozen

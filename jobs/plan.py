@@ -7,26 +7,25 @@ is never changed. What is left to do is the plan less the chunks whose output ob
 import contextlib
 import io
 import uuid
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from jobs import chunks as chunks_
-from jobs import documents, index, retries
+from jobs import documents, index
 from jobs.chunks import CHUNKS, PREDICTIONS_FOLDER, Chunk
-from jobs.cluster import plain_errors
+from jobs.deadly import Deadly
 from jobs.detect import Input, describe_changes, objects_of
 from jobs.manifest import read_uris
-from jobs.store import DamagedError, Store
+from jobs.store import DamagedError, ObjectInfo, Store
+from jobs.tasks import in_order
 
 PLAN, PLAN_FOLDER = "_plan.json", "_plan"
 ALONE = "the output's store has no conditional puts that hold: start one driver at a time on this output"
@@ -34,17 +33,12 @@ ALONE = "the output's store has no conditional puts that hold: start one driver 
 # Objects in one list of a plan: a few hundred chunks, so that a reader's look at the footer is
 # cheap.
 OBJECTS_PER_LIST = 65_536
-# Shards that one task indexes, and tasks under way: enough to fill a cluster, few enough to stop
-# early.
+# Shards that one task indexes.
 SHARDS_PER_TASK = 8
-TASKS_UNDER_WAY = 256
 # Results of tasks that are put together at once: a small table takes several times what is in it.
 RESULTS_PER_TABLE = 256
-# Indexing waits for storage more than it computes.
-INDEX_CPUS = 0.25
 
 UInt64 = npt.NDArray[np.uint64]
-Result = TypeVar("Result")
 
 
 class PlanError(ValueError):
@@ -123,6 +117,7 @@ def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -
 
     Raises:
         PlanError: There is no image in it, or two of its shards hold the same image id.
+        ClusterError: Many of its shards, or all, end the process that looks into them.
     """
     plan_id = uuid.uuid4().hex
     folder = f"{PLAN_FOLDER}/{plan_id}"
@@ -301,7 +296,9 @@ def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterato
         yield from chain.from_iterable(in_order(_index_uris, uris))
     else:
         calls = ((found.store, some, found.format, cut) for some in _groups(found.objects))
-        yield from chain.from_iterable(in_order(_index_shards, calls))
+        deadly = Deadly(found, _index_shards, _verdict)
+        yield from chain.from_iterable(in_order(_index_shards, calls, deadly.one_by_one))
+        deadly.refuse_if_all()
 
 
 def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[_Indexed]:
@@ -319,6 +316,11 @@ def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> li
         except DamagedError as error:
             planned.append(index.verdict(info, "", f"shard: {error}", start=0))
     return [_Indexed(chunks_.to_table(planned), np.array(digests, np.uint64))]
+
+
+def _verdict(info: ObjectInfo, why: str) -> _Indexed:
+    chunk = index.verdict(info, "", f"shard: it cannot be indexed: {why}", start=0)
+    return _Indexed(chunks_.to_table([chunk]), np.empty(0, np.uint64))
 
 
 def _lists_of_uris(found: Input, folder: str) -> Iterator[tuple[str, list[str], str]]:
@@ -346,28 +348,6 @@ def _list_images(
     if output is not None:
         put_table(output, list_path, objects, [chunk.num_images for chunk in planned])
     return _Indexed(chunks_.to_table(planned), np.empty(0, np.uint64))
-
-
-def in_order(
-    function: Callable[..., list[Result]], calls: Iterator[tuple[Any, ...]]
-) -> Iterator[list[Result]]:
-    """Run calls as Ray tasks, a bounded number at a time, and yield their results in order."""
-    task = ray.remote(num_cpus=INDEX_CPUS)(_with_retries)
-    under_way = deque(task.remote(function, *call) for call in islice(calls, TASKS_UNDER_WAY))
-    while under_way:
-        with plain_errors():
-            done, again = ray.get(under_way.popleft())
-        retries.add(again)
-        yield done
-        under_way.extend(task.remote(function, *call) for call in islice(calls, 1))
-
-
-def _with_retries(
-    function: Callable[..., list[Result]], *call: Any
-) -> tuple[list[Result], Mapping[str, int]]:
-    with retries.counted() as again:
-        done = function(*call)
-    return done, again
 
 
 def put_table(

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from jobs import pipeline, plan, retries, tally, write
+from jobs import pipeline, plan, retries, tally, tasks, write
 from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
@@ -151,7 +151,7 @@ def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Pl
         if config.frozen_plan or config.retry_errors:
             # A retry is there for what was mended since: each read still sees whether it may be used.
             return frozen
-    found = look(config.input, config.format, config.endpoint_url)
+    found = look(config.input, config.format, config.endpoint_url, tasks.aside)
     if frozen is not None:
         plan.refuse_changed_input(frozen, found, output)
         return frozen

@@ -35,9 +35,11 @@ from segmodel.schema import image_id
 
 # Loose images are small: the wait for each is most of its cost.
 FETCH_THREADS = 16
-# Rows of a Parquet shard that are decompressed together, and bytes that are read together: a row
-# group may hold any number of images, and Arrow would read all of them for the first.
+# Rows of a Parquet shard that are decompressed together, at most, and bytes, by the mean of the row group:
+# it may hold any number of images, and Arrow would read all of them for the first.
 ROWS_AT_A_TIME = 64
+BYTES_AT_A_TIME = 16 * 2**20
+# Bytes that are read together.
 PARQUET_WINDOW = 16 * 2**20
 # Size and etag say that a shard is the same, its headers or its footer that it is not.
 CHANGED_TAR = "changed: the tar does not hold what was planned"
@@ -247,8 +249,12 @@ def _with_images(named: list[Row], file: pq.ParquetFile, part: Part, column: str
         for row, values in zip(named, _rows_of(file, part, [column]), strict=False):
             image = values[column]
             data = image.get("bytes") if isinstance(image, dict) else image
-            error = "empty: the row holds no image" if data is None else None
-            rows.append(replace(row, data=data, error=error))
+            if data is None:
+                rows.append(replace(row, error="empty: the row holds no image"))
+            elif len(data) > MAX_IMAGE_BYTES:
+                rows.append(replace(row, error=_too_large(len(data))))
+            else:
+                rows.append(replace(row, data=data))
     except DAMAGED_PARQUET as error:
         if isinstance(error, StorageError | FileNotFoundError):
             raise
@@ -274,7 +280,10 @@ def _rows_of(file: pq.ParquetFile, part: Part, columns: list[str]) -> Iterator[d
         yield from ({} for _ in range(part.num_rows))
         return
     skip, left = part.first, part.num_rows
-    for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[part.group], columns=columns):
+    group = file.metadata.row_group(part.group)
+    fit = BYTES_AT_A_TIME * group.num_rows // max(1, group.total_byte_size)
+    at_a_time = max(1, min(ROWS_AT_A_TIME, fit))
+    for batch in file.iter_batches(at_a_time, row_groups=[part.group], columns=columns):
         rows = batch.slice(min(skip, batch.num_rows), left)
         skip -= min(skip, batch.num_rows)
         left -= rows.num_rows
@@ -331,10 +340,7 @@ def _listed(chunk: Chunk, source: Source) -> list[ObjectInfo]:
 def _fetch(store: Store, info: ObjectInfo) -> tuple[bytes | None, str | None]:
     """Return an object's bytes, or the error that its row gets."""
     if info.size > MAX_IMAGE_BYTES:
-        return (
-            None,
-            f"too_large: {info.size} bytes, and {MAX_IMAGE_BYTES} are the most that is read",
-        )
+        return None, _too_large(info.size)
     try:
         return store.read(info.path, etag=info.etag), None
     except FileNotFoundError as error:
@@ -343,6 +349,10 @@ def _fetch(store: Store, info: ObjectInfo) -> tuple[bytes | None, str | None]:
         return None, f"changed: {error}"
     except DamagedError as error:
         return None, f"corrupt: {error}"
+
+
+def _too_large(num_bytes: int) -> str:
+    return f"too_large: {num_bytes} bytes, and {MAX_IMAGE_BYTES} are the most that is read"
 
 
 def _line(error: BaseException) -> str:

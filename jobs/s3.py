@@ -169,12 +169,27 @@ class S3Store(Store):
 
     @override
     def put_if_absent(self, path: str, data: bytes) -> bool:
+        return self._put_if(path, data, {"IfNoneMatch": "*"})
+
+    @override
+    def put_over(self, path: str, data: bytes, etag: str) -> bool:
+        return self._put_if(path, data, {"IfMatch": etag})
+
+    def _put_if(self, path: str, data: bytes, condition: Mapping[str, str]) -> bool:
+        """Write an object where a condition holds; return whether it did."""
         try:
-            wanted = {**self._named(path), "Body": data, "IfNoneMatch": "*"}
-            self._ask(path, "put_object", wanted)
-        except ChangedError:
+            answer = self._ask(path, "put_object", {**self._named(path), "Body": data, **condition})
+        except (ChangedError, FileNotFoundError):
             # After a lost answer the put is repeated, and meets our own object.
-            return self.read(path) == data
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(path) == data
+            return False
+        try:
+            self._check(path, data, answer)
+        except DamagedError:
+            # The object is ours, and not what was sent.
+            retries.note(s3_errors.CHECKSUM)
+            self.put(path, data)
         return True
 
     @override

@@ -16,10 +16,13 @@ from typing_extensions import override
 
 from jobs.cluster import ClusterError, log_folder
 from jobs.console import console, duration
+from jobs.source import READ_CPUS
 
-# Chunks in a row that lost their process before the job is stopped: a model or a machine that cannot work
-# would lose all of them. Many are under way at once, and a bad image takes those beside it along.
+# Chunks in a row that lost their process before it is asked why: a model or a machine that cannot work would
+# lose all of them, as would images of which each chunk has one that ends its process. Many chunks are under
+# way at once, and a bad image takes those beside it along.
 MOST_LOST = 20
+LOST_FOR_EACH_PLACE = 2
 LOOK_EVERY_S = 1.0
 # Looks in a row that find no actor before none is there: what Ray knows of one may be late.
 DEAD_LOOKS = 10
@@ -27,6 +30,8 @@ DEAD_LOOKS = 10
 # Data does not see that. The controller is asked for it when nothing was finished for some time.
 MOST_RESTARTS = 10
 RESTARTS_EVERY_S = 30.0
+# Without a chunk for so long, it is asked whether the actors of lost nodes fill those that are left.
+CROWDED_S = 30.0
 ALIVE, RESTARTING, DEAD = ActorTableData.ALIVE, ActorTableData.RESTARTING, ActorTableData.DEAD
 
 
@@ -45,6 +50,18 @@ class Seen:
     alone: dict[str, int] = field(default_factory=dict)
 
 
+class StreakError(ClusterError):
+    """Nothing gets done any more: the images or the machine are to blame."""
+
+
+class CrowdedError(ClusterError):
+    """The actors hold all CPUs: nothing can be read or written. `room` is how many of them have room."""
+
+    def __init__(self, cpus: float, room: int) -> None:
+        super().__init__(f"the {cpus:g} CPUs that are left are all held by actors")
+        self.room = room
+
+
 # One pipeline runs in a process at a time. Ray makes the observer itself, so it cannot be handed this.
 seen = Seen()
 
@@ -55,7 +72,7 @@ class Observer(ExecutionCallback):
     def __init__(self) -> None:
         self._written = self._lost_before = self._dead_looks = 0
         self._looked = 0.0
-        self._counted = time.monotonic()
+        self._counted = self._moved = time.monotonic()
         self._restarts_before: int | None = None
 
     @override
@@ -63,7 +80,9 @@ class Observer(ExecutionCallback):
         """Look, about once a second.
 
         Raises:
-            ClusterError: Processes die and nothing gets done, or no actor is left.
+            StreakError: Processes die and nothing gets done.
+            CrowdedError: The actors hold all CPUs.
+            ClusterError: No actor is left.
         """
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return
@@ -83,14 +102,19 @@ class Observer(ExecutionCallback):
         lost = sum(stage.metrics.num_tasks_failed for stage in stages.values())
         if written > self._written:
             self._written, self._lost_before = written, lost
-            self._counted, self._restarts_before = time.monotonic(), None
-        most = max(MOST_LOST, 2 * pool.max_size() * pool.max_tasks_in_flight_per_actor())
+            self._counted = self._moved = time.monotonic()
+            self._restarts_before = None
+        places = pool.max_size() * pool.max_tasks_in_flight_per_actor()
+        most = max(MOST_LOST, LOST_FOR_EACH_PLACE * places)
         all_dead = not pending and states.count(DEAD) == len(states) > 0
         self._dead_looks = self._dead_looks + 1 if all_dead else 0
         refuse_to_go_on(lost - self._lost_before, most, all_dead=self._dead_looks > DEAD_LOOKS)
         if time.monotonic() - self._counted > RESTARTS_EVERY_S:
             self._counted = time.monotonic()
             self._refuse_restarts(max(MOST_RESTARTS, 2 * pool.max_size()))
+        if time.monotonic() - self._moved > CROWDED_S:
+            cpus = ray.cluster_resources().get("CPU", 0.0)
+            refuse_crowd(cpus, states.count(ALIVE), pool.per_actor_resource_usage().cpu)
 
     def _refuse_restarts(self, most: int) -> None:
         restarts = _restarts()
@@ -98,7 +122,7 @@ class Observer(ExecutionCallback):
             self._restarts_before = restarts
         number = restarts - self._restarts_before
         if number > most:
-            raise _hopeless(f"actors were started anew {number} times")
+            raise StreakError(_hopeless(f"actors were started anew {number} times"))
 
     @override
     def after_execution_succeeds(self, executor: Any) -> None:
@@ -125,16 +149,34 @@ def refuse_to_go_on(lost: int, most: int, *, all_dead: bool) -> None:
         all_dead: No actor is there, and none is coming.
 
     Raises:
-        ClusterError: It cannot.
+        StreakError: Its images may be to blame.
+        ClusterError: They cannot be.
     """
-    if lost > most or all_dead:
-        raise _hopeless(
-            "all actors are gone for good" if all_dead else f"{lost} chunks in a row lost theirs"
-        )
+    if all_dead:
+        raise ClusterError(_hopeless("all actors are gone for good"))
+    if lost > most:
+        raise StreakError(_hopeless(f"{lost} chunks in a row lost theirs"))
 
 
-def _hopeless(what: str) -> ClusterError:
-    return ClusterError(
+def refuse_crowd(cpus: float, actors: int, cpus_per_actor: float) -> None:
+    """Stop a pipeline whose actors leave no room for readers and writers.
+
+    Args:
+        cpus: That the cluster has.
+        actors: That are there.
+        cpus_per_actor: That each reserves.
+
+    Raises:
+        CrowdedError: They leave none.
+    """
+    # One reader and one writer at least, both of which ask for as much.
+    left_for_actors = cpus - 2 * READ_CPUS
+    if actors > 1 and actors * cpus_per_actor > left_for_actors:
+        raise CrowdedError(cpus, max(1, int(left_for_actors / cpus_per_actor)))
+
+
+def _hopeless(what: str) -> str:
+    return (
         f"the processes of the job die before anything gets done ({what}): too little memory or a "
         f"broken device are the usual reasons, and {log_folder()} on the nodes says more. "
         "Run the same command again to go on"

@@ -84,6 +84,13 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def put_over(self, path: str, data: bytes, etag: str) -> bool:
+        """Write an object in the place of the one with `etag`; return whether that was there.
+
+        See `put_if_absent` for what `data` has to be.
+        """
+
+    @abstractmethod
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens where there is none."""
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from jobs import write
 from jobs.chunks import PREDICTIONS_FOLDER
-from jobs.plan import in_order
 from jobs.store import Store
+from jobs.tasks import in_order
 from jobs.write import Counts
 
 # Footers that one task reads, some seconds of work; fewer are read here, without a task.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from jobs import documents, retries
 from jobs.chunks import PREDICTIONS_FOLDER, output_path
-from jobs.store import DamagedError, ObjectInfo, StorageError, Store
+from jobs.store import ChangedError, DamagedError, ObjectInfo, StorageError, Store
 from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
 MANIFEST, SUCCESS = "_manifest.json", "_SUCCESS"
@@ -27,6 +27,8 @@ CHECKSUM = "crc32"
 _PARQUET_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 # Training reads ranges of rows in a shuffled order, and a row group is the least that can be read.
 TRAINING_ROWS_PER_GROUP = 32
+# Times that another run may be faster in replacing a chunk's object.
+REPLACE_TRIES = 5
 
 
 class IncompleteError(RuntimeError):
@@ -80,7 +82,10 @@ def put_chunk(
     folder: str = PREDICTIONS_FOLDER,
     rows_per_group: int | None = None,
 ) -> Counts:
-    """Write the rows of a chunk as its one object.
+    """Write the rows of a chunk as its one object, unless it is there: then its rows hold.
+
+    A write that comes late, of a process or of a whole run that was given up, so changes nothing, also
+    where `replace_rows` has mended some of the rows since.
 
     Args:
         output: The job's output.
@@ -89,7 +94,79 @@ def put_chunk(
         footer: More facts for the object's footer: model digest, run id.
         folder: Of the output.
         rows_per_group: Rows in a row group; all of them where None.
+
+    Returns:
+        What the object holds.
     """
+    path = output_path(chunk_id, folder)
+    data, counts = _packed(table, footer, rows_per_group)
+    if output.put_if_absent(path, data):
+        return counts
+    try:
+        found = _whole(output.read(path), table.schema.names)
+    except (*_PARQUET_DAMAGE, KeyError) as error:
+        if isinstance(error, StorageError):
+            raise
+        # Damaged on its way or in the store: whoever wrote it, its rows were these.
+        output.put(path, data)
+        return counts
+    return found
+
+
+def replace_rows(
+    output: Store,
+    chunk_id: str,
+    rows: pa.Table,
+    positions: Sequence[int],
+    footer: Mapping[str, str],
+) -> Counts:
+    """Write a chunk's rows at `positions` anew, and those that it has in the output at all others.
+
+    A row that is in error again keeps its names: where its shard is gone, the new one has none. What another
+    run has mended in the meantime is left as it is.
+
+    Returns:
+        What the object holds.
+
+    Raises:
+        StorageError: Others replace the object again and again.
+    """
+    path = output_path(chunk_id)
+    for _ in range(REPLACE_TRIES):
+        info = output.info(path)
+        if info is None:
+            raise IncompleteError(f"{output.url(path)} is gone: run the same command again")
+        try:
+            old = read_chunk(output, chunk_id, etag=info.etag)
+        except ChangedError:
+            continue
+        data, counts = _packed(_merged(old, rows, positions), footer, None)
+        if output.put_over(path, data, info.etag):
+            return counts
+    raise StorageError(
+        f"{output.url(path)} was replaced by others each time before it could be: run the command again when "
+        "no other runs on this output"
+    )
+
+
+def _merged(old: pa.Table, rows: pa.Table, positions: Sequence[int]) -> pa.Table:
+    status = old["status"].to_pylist()
+    take = list(range(old.num_rows))
+    for number, position in enumerate(positions):
+        if status[position] == "error":
+            take[position] = old.num_rows + number
+    named = old.take(list(positions))
+    for name in ("image_id", "shard", "key"):
+        kept = pc.if_else(pc.is_null(rows["error"]), rows[name], named[name])
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), kept)
+    both = pa.concat_tables([old.replace_schema_metadata(None), rows])
+    return both.take(take).combine_chunks()
+
+
+def _packed(
+    table: pa.Table, footer: Mapping[str, str], rows_per_group: int | None
+) -> tuple[bytes, Counts]:
+    """Return the bytes of a chunk's object, and the counts in its footer."""
     assert table.schema.equals(TRAINING if "image" in table.schema.names else PREDICTIONS)
     counts = count(table)
     facts = {
@@ -107,37 +184,29 @@ def put_chunk(
         compression="zstd",
         write_page_checksum=True,
     )
-    output.put(output_path(chunk_id, folder), sink.getvalue())
+    return sink.getvalue(), counts
+
+
+def _whole(data: bytes, columns: list[str]) -> Counts:
+    """Return the counts of a chunk's object after having read all of it, or raise what pyarrow does."""
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    counts = Counts(**json.loads(_facts(file.metadata)["counts"]))
+    if file.read().column_names != columns:
+        raise pa.ArrowInvalid("its columns are not those that were written")
     return counts
 
 
-def replace_rows(
-    output: Store, chunk_id: str, rows: pa.Table, positions: Sequence[int]
+def read_chunk(
+    output: Store, chunk_id: str, columns: list[str] | None = None, etag: str = ""
 ) -> pa.Table:
-    """Return a chunk's rows as they are in the output, with those at `positions` replaced.
-
-    A row that is in error again keeps its names: where its shard is gone, the new one has none.
-    """
-    old = read_chunk(output, chunk_id)
-    take = list(range(old.num_rows))
-    for number, position in enumerate(positions):
-        take[position] = old.num_rows + number
-    named = old.take(list(positions))
-    for name in ("image_id", "shard", "key"):
-        kept = pc.if_else(pc.is_null(rows["error"]), rows[name], named[name])
-        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), kept)
-    both = pa.concat_tables([old.replace_schema_metadata(None), rows])
-    return both.take(take).combine_chunks()
-
-
-def read_chunk(output: Store, chunk_id: str, columns: list[str] | None = None) -> pa.Table:
     """Return a finished chunk's rows, with page checksums verified.
 
     Raises:
         DamagedError: They are not what was written.
+        ChangedError: The object does not have the etag that was given.
     """
     path = output_path(chunk_id)
-    data = io.BytesIO(output.read(path))
+    data = io.BytesIO(output.read(path, etag=etag))
     try:
         file = pq.ParquetFile(data, page_checksum_verification=True)
         _facts(file.metadata)

@@ -22,7 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs import plan, write
+from jobs import plan, tasks, write
 from jobs.chunks import Chunk, output_path
 from jobs.detect import look
 from jobs.source import Work
@@ -186,8 +186,9 @@ class _Kept:
 
     data: bytes
 
-    def put(self, path: str, data: bytes) -> None:
+    def put_if_absent(self, path: str, data: bytes) -> bool:
         self.data = data
+        return True
 
 
 # --- in a process of its own ----------------------------------------------------------------------
@@ -230,7 +231,7 @@ def _plan(source: str, output: str, endpoint: str) -> dict[str, float]:
 
     connect(None)
     # The first tasks wait for processes and their imports: that is not the plan's.
-    list(plan.in_order(_nothing, iter([()] * 32)))
+    list(tasks.in_order(_nothing, iter([()] * 32)))
     before = _children_s()
     found: dict[str, float] = {}
     url = endpoint or None

@@ -119,6 +119,10 @@ class OneObject(Store):
         raise io.UnsupportedOperation(path)
 
     @override
+    def put_over(self, path: str, data: bytes, etag: str) -> bool:
+        raise io.UnsupportedOperation(path)
+
+    @override
     def delete(self, path: str) -> None:
         raise io.UnsupportedOperation(path)
 

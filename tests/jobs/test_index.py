@@ -254,7 +254,7 @@ def images(num: int, size: int = 10) -> pa.Array:
 
 @given(st.lists(st.integers(0, 25), max_size=10), st.integers(1, 12))
 def test_row_cuts(groups: list[int], rows: int) -> None:
-    cuts = index._row_cuts(groups, rows)
+    cuts = index._row_cuts(groups, [rows] * len(groups))
     assert cuts[0] == 0
     assert cuts[-1] == sum(groups)
     sizes = [last - first for first, last in itertools.pairwise(cuts)]
@@ -264,6 +264,38 @@ def test_row_cuts(groups: list[int], rows: int) -> None:
     # A group that fills chunks of its own starts one.
     starts = [0, *itertools.accumulate(groups)]
     assert all(start in cuts for start, group in zip(starts, groups, strict=False) if group >= rows)
+
+
+@pytest.mark.parametrize(
+    ("groups", "most", "cuts"),
+    [
+        ([4, 4, 4], [9, 9, 9], [0, 8, 12]),
+        ([4, 4, 4], [9, 2, 9], [0, 4, 6, 8, 12]),
+        ([9, 1, 4], [4, 9, 9], [0, 4, 8, 10, 14]),
+        ([0, 3], [1, 9], [0, 3]),
+    ],
+)
+def test_row_cuts_of_groups_with_rows_of_several_sizes(
+    groups: list[int], most: list[int], cuts: list[int]
+) -> None:
+    assert index._row_cuts(groups, most) == cuts
+
+
+def test_huge_rows_make_small_chunks_where_they_are(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "MAX_CHUNK_BYTES", 40_000)
+    file = io.BytesIO()
+    with pq.ParquetWriter(
+        file, pa.schema([("image", pa.binary())]), use_dictionary=False
+    ) as writer:
+        for size in (100, 10_000, 100):
+            rows = [bytes(size) for _ in range(20)]
+            writer.write_table(pa.table({"image": pa.array(rows, pa.binary())}))
+    chunks = index.index_parquet(store, put(store, "a.parquet", file.getvalue()), 50, None)
+    check_partition(chunks, 60)
+    assert [chunk.num_images for chunk in chunks] == [20, 3, 3, 3, 3, 3, 3, 2, 20]
+    assert all(29_000 < chunk.num_bytes <= 40_000 for chunk in chunks[1:-2])
 
 
 @pytest.mark.parametrize(

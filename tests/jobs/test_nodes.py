@@ -1,5 +1,6 @@
 """A cluster of three nodes, of which one is lost at work: each with a raylet and a store of its own."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -8,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
-from jobs.encode import RAW, prediction, raw_row
-from segmodel import bundle
-from segmodel.images import decode
-from segmodel.inference import Predictor
-from segmodel.schema import PREDICTIONS
+from tests.jobs.plain import expected
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,9 +22,19 @@ DEADLINE_S = 240
 STORE_BYTES = 80 * 2**20
 
 
+# What the command line runs, but for a patience that is shorter.
+PROGRAM = "from jobs import stall; stall.CROWDED_S = 3; from jobs.__main__ import main; raise SystemExit(main())"
+
+
+@pytest.fixture(params=[2, 1], ids=["room for all", "room for one"])
+def cpus(request: pytest.FixtureRequest) -> int:
+    """Of a node: room for all actors and what feeds them, or for one actor with it, and for two without."""
+    return int(request.param)
+
+
 @pytest.fixture
-def cluster(environment: None) -> Iterator[Cluster]:
-    """A head that does no work, and two nodes, each of which has room for all actors and what feeds them."""
+def cluster(cpus: int, environment: None) -> Iterator[Cluster]:
+    """A head that does no work, and two nodes."""
     made = Cluster(
         initialize_head=True,
         head_node_args={
@@ -44,7 +50,7 @@ def cluster(environment: None) -> Iterator[Cluster]:
         },
     )
     for _ in range(2):
-        made.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+        made.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES)
     yield made
     made.shutdown()
 
@@ -58,19 +64,6 @@ def photos(tmp_path: Path, jpeg: Callable[..., bytes]) -> Path:
     return folder
 
 
-def expected(photos: Path, model: Path) -> list[dict[str, Any]]:
-    """What a loop over the images finds, without a job and without Ray."""
-    loaded = bundle.load(model)
-    predictor = Predictor(loaded, "cpu", score_threshold=0, max_detections=4)
-    rows = []
-    for path in sorted(photos.iterdir()):
-        (found,) = predictor.predict([decode(path.read_bytes())])
-        names = {"image_id": f"#{path.name}", "shard": "", "key": path.name}
-        raw = dict.fromkeys(RAW.names) | raw_row(found, None) | names
-        rows.append(prediction(raw, loaded.by_label()))
-    return pa.Table.from_pylist(rows, schema=PREDICTIONS).to_pylist()
-
-
 def with_an_actor(cluster: Cluster) -> Any:
     """Wait until an actor is at work, and return the node that it is on."""
     deadline = time.monotonic() + DEADLINE_S
@@ -78,18 +71,29 @@ def with_an_actor(cluster: Cluster) -> Any:
         for node in cluster.worker_nodes:
             (raylet,) = node.all_processes["raylet"]
             for child in psutil.Process(raylet.process.pid).children():
-                if "MapWorker(MapBatches(Predict))" in " ".join(child.cmdline()):
-                    return node
+                # It may end while it is looked at.
+                with contextlib.suppress(psutil.Error):
+                    if "MapWorker(MapBatches(Predict))" in " ".join(child.cmdline()):
+                        return node
         time.sleep(0.1)
     raise AssertionError("no actor came to work")
 
 
 def test_a_lost_node_costs_nothing(
-    cluster: Cluster, photos: Path, tiny_bundle: Path, tmp_path: Path
+    cluster: Cluster, cpus: int, photos: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     arguments = [
-        *(sys.executable, "-m", "jobs", "predict", "--input", str(photos), "--output", str(output)),
+        *(
+            sys.executable,
+            "-c",
+            PROGRAM,
+            "predict",
+            "--input",
+            str(photos),
+            "--output",
+            str(output),
+        ),
         *("--model", str(tiny_bundle), "--chunk-size", str(CHUNK_SIZE), "--max-actors", "2"),
         *("--score-threshold", "0", "--max-detections", "4", "--address", cluster.address),
     ]
@@ -111,4 +115,5 @@ def test_a_lost_node_costs_nothing(
         pq.read_table(output / "predictions").to_pylist(), key=lambda row: row["image_id"]
     )
     assert [row["key"] for row in rows] == [f"{number:03d}.jpg" for number in range(IMAGES)]
-    assert rows == expected(photos, tiny_bundle)
+    # The CPUs of both nodes for two actors.
+    assert rows == expected(photos, tiny_bundle, threads=cpus)

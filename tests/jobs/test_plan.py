@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import chunks, plan
+from jobs import chunks, detect, plan, tasks
+from jobs.cluster import ClusterError
 from jobs.detect import InputError, look
 from jobs.index import ParquetInputError
 from jobs.plan import Cut, Plan, PlanError
@@ -145,7 +148,7 @@ def test_shards_are_indexed_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plan, "SHARDS_PER_TASK", 2)
-    monkeypatch.setattr(plan, "TASKS_UNDER_WAY", 3)
+    monkeypatch.setattr(tasks, "TASKS_UNDER_WAY", 3)
     monkeypatch.setattr(plan, "RESULTS_PER_TABLE", 4)
     keys = put_shards(source, 11, make_tar)
     made = make(source, output)
@@ -167,6 +170,76 @@ def test_damaged_shards_are_noted(
     assert made.notes == ("1 shards are damaged: each has a row that says how",)
     assert made.num_images == 3 + 2 + 1 + 3
     assert made.chunks["kind"].to_pylist() == ["tar", "tar", "tar", "verdict", "tar", "tar"]
+
+
+def deadly(bad: str, honest: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, in a process that dies when it is to look into shards whose name has `bad` in it."""
+
+    def look_into(store: Store, shards: pa.Table, *more: Any) -> Any:
+        if any(bad in path for path in shards["path"].to_pylist()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(store, shards, *more)
+
+    return look_into
+
+
+@pytest.mark.ray
+def test_a_shard_that_ends_its_indexer_is_a_row_in_error(
+    ray_local: None,
+    source: Store,
+    local: Store,
+    make_tar: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "_index_shards", deadly("1.tar", plan._index_shards))
+    monkeypatch.setattr(plan, "SHARDS_PER_TASK", 2)
+    put_shards(source, 4, make_tar)
+    made = make(source, local, cut(chunk_size=3))
+    assert made.chunks["kind"].to_pylist() == ["tar", "verdict", "tar", "tar"]
+    assert made.chunks["shard"].to_pylist() == [f"{n:03d}.tar" for n in range(4)]
+    assert made.notes == ("1 shards are damaged: each has a row that says how",)
+    where = Source(store=source, lists=local, endpoint_url=None, image_column=None)
+    (row,) = read_chunk(list(chunks.from_table(made.chunks))[1], where).to_pylist()
+    assert row["error"] == "shard: it cannot be indexed: the process died, 3 times"
+    assert (row["shard"], row["key"], row["data"]) == ("001.tar", "", None)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("most", "words"),
+    [
+        (10, r"3 shards of .* them, all that there are \(000.tar, 001.tar, 002.tar;"),
+        (
+            1,
+            r"2 shards of .* them, the last 2 in a row \(000.tar, 001.tar; the process died, 3 times",
+        ),
+    ],
+)
+def test_a_machine_that_can_index_no_shard_ends_the_job(
+    ray_local: None,
+    source: Store,
+    local: Store,
+    make_tar: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr(plan, "_index_shards", deadly("tar", plan._index_shards))
+    monkeypatch.setattr("jobs.deadly.MOST_DEADLY", most)
+    put_shards(source, 3, make_tar)
+    with pytest.raises(ClusterError, match=words):
+        make(source, local)
+    assert plan.load(local) is None
+
+
+@pytest.mark.ray
+def test_a_parquet_file_that_ends_who_looks_into_it_is_taken_for_a_shard(
+    ray_local: None, source: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.put("a.parquet", parquet(uri=["x.jpg"]))
+    assert look(source.uri, "auto", None, tasks.aside).format == "manifest"
+    monkeypatch.setattr(detect, "_is_manifest", deadly("a.parquet", detect._is_manifest))
+    assert look(source.uri, "auto", None, tasks.aside).format == "parquet"
 
 
 def parquet(**columns: Any) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import encode, isolate, pipeline, stall
+from jobs import encode, isolate, pipeline, stall, supervisor
 from jobs.__main__ import main
 from jobs.actor import Predict
-from jobs.isolate import Alone
 from jobs.source import Work
+from jobs.supervisor import Alone
+from tests.jobs import ray_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -25,6 +27,7 @@ DEADLY, ENDLESS, ODD = b"this one is deadly", b"this one is endless", b"this one
 DIES, HANGS, RAISES = "0002.jpg", "0009.jpg", "0014.jpg"
 # Long enough for an ordinary image on a busy machine; the ones that hang wait it out.
 IMAGE_TIMEOUT_S = 15
+DEADLINE_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def poison() -> Iterator[Callable[..., None]]:
 
         def pour(**marks: bytes) -> None:
             patch.setattr(pipeline, "Predict", poisoned(Predict, **marks))
-            patch.setattr(isolate, "Alone", poisoned(Alone, **marks))
+            patch.setattr(supervisor, "Alone", poisoned(Alone, **marks))
 
         yield pour
 
@@ -138,7 +141,63 @@ def test_images_that_crash_or_hang_their_process_cost_their_own_rows(
     assert {name for name in again if again[name] != undisturbed[name]} == {DIES}
 
 
-def test_an_error_that_many_chunks_share_ends_the_job(
+def when_actors_are_gone(honest: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, when the pipeline's actors have gone: they would keep their GPUs from those for single images."""
+
+    def call(*of: Any) -> Any:
+        deadline = time.monotonic() + DEADLINE_S
+        while ray_processes.titled("MapWorker("):
+            assert time.monotonic() < deadline, "actors of the pipeline stay"
+            time.sleep(0.1)
+        return honest(*of)
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mark", [DEADLY, ODD], ids=["crashes", "raises"])
+def test_a_bad_image_in_every_chunk_costs_its_own_row(
+    undisturbed: dict[str, dict[str, Any]],
+    photos: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    poison: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mark: bytes,
+) -> None:
+    # Few chunks, so the first that is lost makes a streak; and only some of them are parted at once.
+    monkeypatch.setattr(stall, "MOST_LOST", 0)
+    monkeypatch.setattr(stall, "LOST_FOR_EACH_PLACE", 0)
+    monkeypatch.setattr(stall, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(pipeline, "MOST_FAILED", 1)
+    monkeypatch.setattr(pipeline, "PARTED", 2)
+    monkeypatch.setattr(isolate, "PROBES", 6)
+    bad = tmp_path / "photos"
+    bad.mkdir()
+    for path in photos.iterdir():
+        data = path.read_bytes().removesuffix(DEADLY).removesuffix(ENDLESS).removesuffix(ODD)
+        last = int(path.stem) % CHUNK_SIZE == CHUNK_SIZE - 1
+        (bad / path.name).write_bytes(data + mark * last)
+    for name in ("refuse_broken", "run"):
+        monkeypatch.setattr(isolate, name, when_actors_are_gone(getattr(isolate, name)))
+    poison()
+    output = tmp_path / "out"
+    # The third chunk is left for a second round.
+    images = 3 * CHUNK_SIZE
+    assert predict(bad, output, tiny_bundle, "--limit", str(images)) == 0
+    assert "images come through alone" in " ".join(capsys.readouterr().out.split())
+    rows = rows_of(output)
+    wrong = {name for name in rows if rows[name] != undisturbed[name]}
+    assert wrong == {f"{n:04d}.jpg" for n in range(CHUNK_SIZE - 1, images, CHUNK_SIZE)}
+    kinds = {rows[name]["error"].partition(":")[0] for name in wrong}
+    assert kinds == {"crashed" if mark == DEADLY else "failed"}
+    assert sorted(rows) == sorted(undisturbed)[:images]
+    assert (output / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("everything", ["deadly", "odd"])
+def test_a_machine_on_which_no_image_comes_through_ends_the_job(
     ray_local: None,
     photos: Path,
     tiny_bundle: Path,
@@ -146,13 +205,24 @@ def test_an_error_that_many_chunks_share_ends_the_job(
     poison: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    everything: str,
 ) -> None:
+    monkeypatch.setattr(stall, "MOST_LOST", 0)
+    monkeypatch.setattr(stall, "LOST_FOR_EACH_PLACE", 0)
+    monkeypatch.setattr(stall, "LOOK_EVERY_S", 0)
     monkeypatch.setattr(pipeline, "MOST_FAILED", 2)
-    poison(deadly=b"nothing has this", endless=b"nor this", odd=b"")
-    assert predict(photos, tmp_path / "out", tiny_bundle) == 1
+    monkeypatch.setattr(isolate, "PROBES", 2)
+    marks = {"deadly": b"nothing has this", "endless": b"nor this", "odd": b"nor that"}
+    poison(**{**marks, everything: b""})
+    assert predict(photos, tmp_path / "out", tiny_bundle, "--max-actors", "1") == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "3 chunks could not be predicted" in error
-    assert "ArithmeticError: nobody thought of that" in error
+    if everything == "deadly":
+        assert "chunks in a row lost theirs" in error or "not one chunk could be done" in error
+        why = "the process died, 2 times"
+    else:
+        assert "3 chunks could not be predicted" in error
+        why = "ArithmeticError: nobody thought of that, 2 times"
+    assert f"Of 2 images that were tried alone, none came through (such as: {why})" in error
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
@@ -175,7 +245,7 @@ def test_a_chunk_that_cannot_be_read_is_named_and_the_others_are_done(
     from jobs import source
 
     monkeypatch.setattr(source, "_read_or_fail", deadly(source._read_or_fail))
-    monkeypatch.setattr(isolate, "_read_parts", deadly(isolate._read_parts))
+    monkeypatch.setattr(supervisor, "_read_parts", deadly(supervisor._read_parts))
     output = tmp_path / "out"
     assert predict(photos, output, tiny_bundle) == 1
     error = " ".join(capsys.readouterr().err.split())
@@ -249,7 +319,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_job(
     words: str,
 ) -> None:
     monkeypatch.setattr(pipeline, "Predict", ends(Predict, error))
-    monkeypatch.setattr(isolate, "Alone", ends(Alone, error))
+    monkeypatch.setattr(supervisor, "Alone", ends(Alone, error))
     more = ("--limit", str(CHUNK_SIZE), "--max-actors", "1")
     assert predict(photos, tmp_path / "out", tiny_bundle, *more) == 1
     assert words in " ".join(capsys.readouterr().err.split())
@@ -287,10 +357,14 @@ def test_an_actor_that_dies_as_it_starts_is_not_started_for_ever(
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(pipeline, "Predict", Killed)
+    monkeypatch.setattr(supervisor, "Alone", Killed)
+    monkeypatch.setattr(isolate, "PROBES", 1)
     monkeypatch.setattr(stall, "RESTARTS_EVERY_S", 0.5)
     monkeypatch.setattr(stall, "MOST_RESTARTS", 3)
     assert predict(photos, tmp_path / "out", tiny_bundle, "--max-actors", "1") == 1
-    assert "actors were started anew" in " ".join(capsys.readouterr().err.split())
+    error = " ".join(capsys.readouterr().err.split())
+    assert "actors were started anew" in error
+    assert "none came through (such as: chunk 0000" in error
 
 
 def test_actors_that_die_and_cannot_come_back_end_the_job(

@@ -176,8 +176,7 @@ def test_a_write_that_comes_after_success_changes_nothing(
     release.set()
     assert done.wait(60)
 
-    after = run_ids(output)
-    assert {name for name in after if after[name] != before[name]} == {"00000001"}
+    assert run_ids(output) == before
     assert rows_of(output) == undisturbed
     assert predict(*job) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -279,7 +278,7 @@ def test_two_drivers_at_once_make_one_table(
     assert manifest["plan_id"] == plan["plan_id"]
     assert manifest["counts"]["images"] == len(undisturbed)
     assert output.read("_SUCCESS") == b""
-    assert manifest["run"]["run_id"] in set(run_ids(output).values())
+    # The first write of a chunk holds, whoever finishes last.
     assert len(set(run_ids(output).values())) <= 2
 
 

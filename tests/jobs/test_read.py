@@ -306,6 +306,20 @@ def test_a_null_image_is_a_row_in_error(store: Store) -> None:
     assert kinds(rows) == [None, "empty", "empty"]
 
 
+def test_an_image_in_parquet_that_is_too_large_is_a_row_in_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "MAX_IMAGE_BYTES", 10)
+    table = pa.table({"key": ["a", "b"], "image": [bytes(10), bytes(11)]})
+    info = put(store, "a.parquet", parquet(table))
+    rows = read_all(index.index_parquet(store, info, 10, None), source_of(store))
+    assert [row["error"] for row in rows] == [
+        None,
+        "too_large: 11 bytes, and 10 are the most that is read",
+    ]
+    assert [row["data"] for row in rows] == [bytes(10), None]
+
+
 def test_own_tables_keep_their_ids(store: Store) -> None:
     rows = [
         {

@@ -18,10 +18,12 @@ from jobs.stall import (
     MOST_LOST,
     MOST_RESTARTS,
     RESTARTING,
+    CrowdedError,
     Observer,
     Seen,
     StallWarning,
     in_words,
+    refuse_crowd,
     refuse_to_go_on,
 )
 
@@ -136,6 +138,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             num_pending_actors=lambda: pending,
             max_size=lambda: 2,
             max_tasks_in_flight_per_actor=lambda: 4,
+            per_actor_resource_usage=lambda: SimpleNamespace(cpu=0.5),
         )
 
         def operator(finished: int, failed: int) -> Any:
@@ -198,3 +201,28 @@ def test_a_large_pool_may_lose_what_it_has_in_flight() -> None:
     refuse_to_go_on(500, 2 * 100 * 4, all_dead=False)
     with pytest.raises(ClusterError, match="801 chunks in a row"):
         refuse_to_go_on(801, 2 * 100 * 4, all_dead=False)
+
+
+def test_actors_that_fill_the_nodes_that_are_left_stop_the_pipeline(
+    step: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    step(1, 0, states=[ALIVE, ALIVE])
+    monkeypatch.setattr(stall, "CROWDED_S", -1)
+    step(1, 0, states=[ALIVE, RESTARTING])
+    with pytest.raises(CrowdedError, match="the 1 CPUs that are left are all held") as caught:
+        step(1, 0, states=[ALIVE, ALIVE])
+    assert caught.value.room == 1
+
+
+@pytest.mark.parametrize(
+    ("cpus", "actors", "cpus_per_actor", "room"),
+    [(4, 6, 0.5, None), (4, 7, 0.5, None), (4, 8, 0.5, 7), (0.5, 1, 0.5, None), (1, 40, 0, None)],
+)
+def test_what_is_a_crowd(cpus: float, actors: int, cpus_per_actor: float, room: int | None) -> None:
+    if room is None:
+        refuse_crowd(cpus, actors, cpus_per_actor)
+        return
+    with pytest.raises(CrowdedError) as caught:
+        refuse_crowd(cpus, actors, cpus_per_actor)
+    assert caught.value.room == room

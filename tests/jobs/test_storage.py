@@ -181,6 +181,18 @@ def test_put_if_absent(place: Store) -> None:
     assert [info.path for info in place.list_objects()] == ["lease/1"]
 
 
+def test_put_over(place: Store) -> None:
+    assert not place.put_over("a", b"1", '"etag"')
+    assert place.info("a") is None
+    place.put("a", b"1")
+    first = place.info("a")
+    assert first is not None
+    assert place.put_over("a", b"22", first.etag)
+    assert not place.put_over("a", b"333", first.etag)
+    assert place.read("a") == b"22"
+    assert [info.path for info in place.list_objects()] == ["a"]
+
+
 @pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
 def test_one_of_sixteen_puts_wins(place: Store) -> None:
     for race in range(5):

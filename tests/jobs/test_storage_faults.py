@@ -298,6 +298,25 @@ def test_a_conditional_put_whose_answer_is_lost(
     assert store.read("lease") == (there or b"mine")
 
 
+def test_an_object_that_is_replaced_and_the_answer_lost(store: Store, faults: FaultServer) -> None:
+    store.put("b", b"old")
+    old = store.info("b")
+    assert old is not None
+    rule = faults.on("PUT", "in/b", lose_answer, times=1)
+    assert store.put_over("b", b"new", old.etag)
+    assert rule.seen == 2
+    assert store.read("b") == b"new"
+
+
+def test_a_conditional_put_of_which_a_bit_is_flipped_in_the_store(
+    store: Store, faults: FaultServer
+) -> None:
+    faults.on("PUT", "in/b", flip_request, times=1)
+    assert store.put_if_absent("b", DATA)
+    assert retries.so_far() == {"checksum": 1}
+    assert store.read("b") == DATA
+
+
 def test_two_conditional_puts_at_once(store: Store, faults: FaultServer) -> None:
     faults.on("PUT", "in/lease", status(409, "ConditionalRequestConflict"), times=1)
     assert store.put_if_absent("lease", b"mine")

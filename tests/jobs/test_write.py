@@ -1,5 +1,6 @@
 import io
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from jobs import documents, write
 from jobs.storage import open_store
-from jobs.store import DamagedError, Store
+from jobs.store import DamagedError, StorageError, Store
 from jobs.write import Counts, IncompleteError
 from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
 
@@ -184,31 +185,89 @@ def test_no_flipped_bit_gives_other_rows(local: Store) -> None:
     assert caught > len(data) * 8 / 131 / 2
 
 
+def replaced(output: Store, rows: pa.Table, positions: tuple[int, ...]) -> list[dict[str, Any]]:
+    counts = write.replace_rows(output, "1", rows, positions, {"run_id": "new"})
+    found = write.read_chunk(output, "1")
+    assert counts == write.count(found) == write.read_counts(output, ["1"])["1"]
+    return found.to_pylist()
+
+
 def test_rows_are_replaced_where_they_stand(output: Store) -> None:
     write.put_chunk(output, "1", table(*ROWS), {"run_id": "old"})
-    new = table(row("e", detections=1), row("b"))
-    rows = write.replace_rows(output, "1", new, (4, 1))
-    assert rows.schema.equals(PREDICTIONS)
-    assert [(r["key"], r["status"]) for r in rows.to_pylist()] == [
+    rows = replaced(output, table(row("e", detections=1), row("b")), (4, 1))
+    assert [(r["key"], r["status"]) for r in rows] == [
         ("a", "ok"),
         ("b", "ok"),
         ("c", "ok"),
         ("d", "error"),
         ("e", "ok"),
     ]
-    assert len(rows["detections"][4]) == 1
-    # They can be written again.
-    counts = write.put_chunk(output, "1", rows, {"run_id": "new"})
-    assert counts == Counts(images=5, detections=3, errors={"truncated": 1})
+    assert len(rows[4]["detections"]) == 1
     assert write.failed_positions(output, ["1"]) == {"1": (3,)}
 
 
 def test_a_row_that_is_in_error_again_keeps_its_names(output: Store) -> None:
     write.put_chunk(output, "1", table(*ROWS), {"run_id": "old"})
     new = table(row("00000003", error="missing: the shard is gone"))
-    replaced = write.replace_rows(output, "1", new, (3,)).to_pylist()
-    assert [r["key"] for r in replaced] == ["a", "b", "c", "d", "e"]
-    assert replaced[3]["error"] == "missing: the shard is gone"
+    rows = replaced(output, new, (3,))
+    assert [r["key"] for r in rows] == ["a", "b", "c", "d", "e"]
+    assert rows[3]["error"] == "missing: the shard is gone"
+
+
+def test_a_late_write_of_a_run_that_was_given_up_brings_no_error_back(output: Store) -> None:
+    write.put_chunk(output, "1", table(*ROWS), {"run_id": "given up"})
+    rows = replaced(output, table(row("b"), row("d"), row("e", detections=1)), (1, 3, 4))
+    assert {r["status"] for r in rows} == {"ok"}
+    # Its first write comes again, then that of a retry of its own.
+    counts = write.put_chunk(output, "1", table(*ROWS), {"run_id": "given up"})
+    assert counts == Counts(images=5, detections=3, errors={})
+    again = table(row("b", error="hung: again"))
+    assert replaced(output, again, (1,)) == rows
+
+
+def test_two_that_replace_rows_at_once_lose_none(
+    output: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write.put_chunk(output, "1", table(*ROWS), {"run_id": "old"})
+    read, others = write.read_chunk, iter([(1, "b"), (3, "d")])
+
+    def overtaken(*of: Any, **more: Any) -> pa.Table:
+        found = read(*of, **more)
+        if (other := next(others, None)) is not None:
+            position, key = other
+            with monkeypatch.context() as patch:
+                patch.setattr(write, "read_chunk", read)
+                write.replace_rows(
+                    output, "1", table(row(key)), (position,), {"run_id": uuid.uuid4().hex}
+                )
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "read_chunk", overtaken)
+        rows = table(row("b", error="hung: again"), row("e"))
+        write.replace_rows(output, "1", rows, (1, 4), {"run_id": "new"})
+    assert {r["status"] for r in read(output, "1").to_pylist()} == {"ok"}
+
+    others = iter((1, "b") for _ in range(write.REPLACE_TRIES))
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "read_chunk", overtaken)
+        with pytest.raises(StorageError, match="replaced by others each time"):
+            write.replace_rows(output, "1", table(row("e")), (4,), {"run_id": "new"})
+
+
+def test_a_first_write_mends_what_was_damaged_on_its_way(output: Store) -> None:
+    write.put_chunk(output, "1", table(*ROWS), {"run_id": "r"})
+    path = "predictions/1.parquet"
+    data = output.read(path)
+    for damaged in (data[:-40], data[:20] + bytes([data[20] ^ 1]) + data[21:]):
+        output.put(path, damaged)
+        assert write.put_chunk(output, "1", table(*ROWS), {"run_id": "r"}) == COUNTS
+        assert output.read(path) == data
+
+
+def test_rows_of_a_chunk_that_is_gone_cannot_be_replaced(output: Store) -> None:
+    with pytest.raises(IncompleteError, match="is gone: run the same command again"):
+        write.replace_rows(output, "1", table(row("a")), (0,), {})
 
 
 def test_failed_positions(local: Store) -> None:
