@@ -18,7 +18,7 @@ from PIL import Image
 from segmodel import scenes
 from tests.jobs import ray_processes
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # Enough chunks that a fast machine is not done before it was killed five times.
 IMAGES, CHUNK_SIZE = 120, 2

@@ -32,7 +32,7 @@ from tests.jobs.fault_server import (
     status,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SEED = 20261124
 IMAGES, CHUNK_SIZE = 240, 2
