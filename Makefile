@@ -13,9 +13,10 @@ demo-model: .venv/.ready
 	$(BIN)/python -m jobs.demo_model build/demo-model
 
 # Two files of tests at a time, whatever the machine: each has a Ray of its own, and much of a test's time is
-# waiting for processes to start.
+# waiting for processes to start. Then those that use the machine's memory up.
 test: .venv/.ready
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
+	$(BIN)/pytest -m alone
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pycocotools import mask as mask_api
 
 from jobs import chunks
 from jobs.chunks import Chunk
@@ -24,7 +23,7 @@ from jobs.read import Source, read_names
 from jobs.records import Matched, PackError, some_of
 from jobs.storage import open_uri
 from jobs.tasks import in_order
-from segmodel import coco
+from segmodel import coco, rle
 from segmodel.schema import PREDICTIONS
 
 # Rows that become Arrow together: as dictionaries they take ten times the memory.
@@ -131,7 +130,7 @@ def _note_of_empty(rows: pa.Table) -> tuple[str, ...]:
     for batch in rows.select(["image_id", "detections"]).to_batches(ROWS_AT_A_TIME):
         for row in batch.to_pylist():
             masks = [d["segmentation"] for d in row["detections"] if d["segmentation"]]
-            empty = int((mask_api.area(masks) == 0).sum()) if masks else 0
+            empty = int((rle.areas(masks) == 0).sum())
             number += empty
             found += [row["image_id"]] if empty else []
     if not number:

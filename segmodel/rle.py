@@ -71,7 +71,8 @@ def _read_counts(counts: str) -> Int64:
 
 def areas(rles: Sequence[Rle]) -> Float32:
     """Return the number of pixels in each of N masks: (N,) float32."""
-    return np.asarray(coco.area(list(rles)), np.float32)
+    # One by one: pycocotools 2.0.11 refuses lists of more than 255 ("out of bounds for uint8").
+    return np.array([coco.area(rle) for rle in rles], np.float32)
 
 
 def bounding_boxes(rles: Sequence[Rle]) -> Float32:

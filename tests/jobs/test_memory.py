@@ -10,7 +10,7 @@ import pytest
 
 from tests.jobs.plain import expected
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 IMAGES = 4
 # What comes behind the end of a JPEG is no part of the picture.

@@ -397,3 +397,11 @@ def test_decode_of_full_and_empty_masks(size_hw: tuple[int, int]) -> None:
 def test_decode_refuses_damaged_counts(counts: str) -> None:
     with pytest.raises(ValueError, match="counts of this encoding"):
         rle_.decode({"size": [3, 3], "counts": counts})
+
+
+def test_areas_of_any_number_of_masks() -> None:
+    one: Rle = {
+        "size": [20, 30],
+        "counts": coco.encode(np.ones((20, 30), np.uint8, "F"))["counts"].decode(),
+    }
+    assert rle_.areas([one] * 369).tolist() == [600] * 369
