@@ -63,7 +63,7 @@ def match(annotations: Sequence[Item], detections: Sequence[Item], *, masks: boo
     if masks:
         rles = [item["segmentation"] for item in best]
         truth_rles = [item["segmentation"] for item in annotations]
-        outside = _outside(rle.areas(rles).astype(np.float64))
+        outside = _outside(coco_mask.area(rles))
         tp, fp = judge(pairwise_iou(rles, truth_rles, crowd), ignored, crowd, outside)
         records["mask_tp"], records["mask_fp"] = _pack(tp), _pack(fp)
     return records
