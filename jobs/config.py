@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jobs.detect import Format
 from jobs.redact import holds_credentials
 from segmodel.images import MAX_PIXELS
-from segmodel.settings import ARCHITECTURES, Architecture, Precision
+from segmodel.settings import ARCHITECTURES, Architecture, MaskTargets, Precision
 
 _ENDPOINT_HELP = (
     "S3-compatible store, for example http://127.0.0.1:9000; AWS_ENDPOINT_URL if left out"
@@ -211,7 +211,8 @@ class TrainConfig:
     clip_norm: float = option("longest gradient; 0 for no limit", 10.0)
     ema_decay: float = option("of the average of the weights; 0 for none", 0.999)
     precision: Precision = option(
-        "auto is bf16 on GPUs, fp32 on CPUs; fp16 is for GPUs that have no bf16", "auto"
+        "auto is bf16 on GPUs and on CPUs that have it (AVX512-BF16), else fp32; fp16 is for GPUs without bf16",
+        "auto",
     )
     norm: Literal["auto", "train", "sync", "frozen"] = option(
         "batch statistics; auto freezes those of --model, else trains them (over all GPUs: sync)",
@@ -219,6 +220,11 @@ class TrainConfig:
     )
     freeze_stages: int = option("stages of the backbone, from the image on, that stay", 0)
     proposals_per_image: int = option("that class, box and mask heads learn from", 512)
+    mask_targets: MaskTargets = option(
+        "what masks learn: torchvision's way, or pasted, which makes up for the half pixel that pasting "
+        "a mask adds at each side, and pays where objects are small",
+        "torchvision",
+    )
     min_size: int | None = option("shorter side of the network's input; else the model's", None)
     max_size: int | None = option("longer side, at most; else the model's", None)
     crop_size: int | None = option("train on square crops of so many pixels", None)

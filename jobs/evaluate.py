@@ -110,6 +110,13 @@ def _show_scores(scores: Evaluation) -> None:
         ("detections", f"{scores.num_predictions}"),
         ("missing", f"{scores.num_missing} images without a prediction: nothing found"),
         ("in error", f"{scores.num_errors} images: nothing found"),
+        *(
+            (
+                "note",
+                f"category {category} is {wanted!r} in the truth and {found!r} in the predictions",
+            )
+            for category, (wanted, found) in list(scores.renamed.items())[:CATEGORIES_SHOWN]
+        ),
     ]
     if scores.mask is None:
         rows.append(("masks", "are not compared: one side has boxes only"))

@@ -311,6 +311,28 @@ def test_boxes_alone_and_one_loose_object(
     assert "one side has boxes only" in capsys.readouterr().out
 
 
+def test_another_name_for_an_id_is_said(
+    made: tuple[Path, Row, list[Row]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _, predictions = made
+    before = run(folder)
+    assert before.pop("renamed") == []
+    number, name = next(
+        (d["category_id"], d["category"]) for r in predictions for d in r["detections"]
+    )
+    for row in predictions:
+        for item in row["detections"]:
+            if item["category_id"] == number:
+                item["category"] = "another"
+    put_rows(open_store(str(folder)), "renamed.parquet", predictions)
+    after = run(folder, "--predictions", str(folder / "renamed.parquet"))
+    wanted = {"category_id": number, "truth": name, "predictions": "another"}
+    assert after["renamed"] == [wanted]
+    assert after["mask"] == before["mask"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"category {number} is '{name}' in the truth and 'another' in the predictions" in said
+
+
 def test_base_names_and_an_unfinished_job_are_said(
     made: tuple[Path, Row, list[Row]], capsys: pytest.CaptureFixture[str]
 ) -> None:
