@@ -17,12 +17,14 @@ from typing import Any
 
 import ray
 
-from jobs import pipeline, plan, retries, tally, tasks, write
+from jobs import pipeline, plan, retries, tally, tasks, traffic, write
 from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console, duration, facts, size
 from jobs.detect import look
+from jobs.meter import Meter
+from jobs.metrics import Metrics
 from jobs.plan import Plan
 from jobs.read import Source
 from jobs.source import Work
@@ -38,6 +40,7 @@ from segmodel.schema import SCHEMA_VERSION
 def run(config: PredictConfig) -> int:
     """Plan or go on, predict what is left, finish; return the exit code."""
     retries.forget()
+    traffic.forget()
     output = open_store(config.output, config.endpoint_url)
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
@@ -86,19 +89,23 @@ def _work_off(
     with (
         ImageProgress(planned.num_images, planned.num_images - todo) as progress,
         StallWarning(config.stall_warning, lambda: todo - images, wanted) as stalled,
+        Meter(Metrics(output.uri), planned.num_images, todo) as meter,
     ):
+        meter.introduce(run_id, bundle.digest)
         if work:
             for receipt in pipeline.run(
                 work,
                 _source(config, planned, output),
                 output,
-                _model(config, planned.job, bundle),
+                _model(config, planned.job, bundle, output),
                 pool,
                 {"model_digest": bundle.digest, "run_id": run_id},
             ):
                 receipts[receipt.chunk_id] = receipt.counts
                 seconds.update(receipt.seconds)
                 retries.add(receipt.retries)
+                traffic.add(receipt.traffic)
+                meter.add(receipt)
                 images += receipt.rows
                 progress.advance(receipt.rows)
                 stalled.progress()
@@ -117,6 +124,7 @@ def _work_off(
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
         # Of all processes, planning included where this run planned.
         "retries": dict(retries.so_far()),
+        "bytes": dict(traffic.so_far()),
     }
     write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
     _show_summary(counts, output, facts_of_run)
@@ -249,7 +257,7 @@ def _source(config: PredictConfig, planned: Plan, output: Store) -> Source:
     )
 
 
-def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle) -> Model:
+def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle, output: Store) -> Model:
     return Model(
         bundle=ray.put(bundle),
         categories=bundle.by_label(),
@@ -258,6 +266,7 @@ def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle) -> Mod
         max_detections=job["max_detections"],
         masks=config.tasks == "masks",
         max_pixels=config.max_pixels,
+        output=output.uri,
     )
 
 
