@@ -21,7 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 from jobs import encode, isolate
 from jobs.actor import Model, Pool, Predict
 from jobs.cluster import log_folder, plain_errors
-from jobs.console import console
+from jobs.console import console, tell
 from jobs.encode import Receipt
 from jobs.envelope import PredictError
 from jobs.pace import slow_down
@@ -178,13 +178,14 @@ def _stream(left: dict[str, Work], raised: list[str], isolation: Isolation) -> I
                     yield receipt
             except PredictError as error:
                 # One of its images, most likely.
-                raised.append(batch["chunk_id"][0].as_py())
+                raised.append(chunk_id := batch["chunk_id"][0].as_py())
                 if len(raised) > MOST_FAILED:
                     raise StreakError(
                         f"{len(raised)} chunks could not be predicted, the last one since: {error}. "
                         f"{log_folder()} on the nodes says more"
                     ) from error
-                console.print(f"{error}. Its images are done one by one at the end.", markup=False)
+                words = f"{error}. Its images are done one by one at the end."
+                tell(words, "chunk_failed", chunk_id=chunk_id)
 
 
 def _context(store_bytes: int) -> DataContext:

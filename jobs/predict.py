@@ -17,12 +17,13 @@ from typing import Any
 
 import ray
 
-from jobs import pipeline, plan, retries, tally, tasks, traffic, write
+from jobs import logs, pipeline, plan, retries, tally, tasks, traffic, write
 from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console, duration, facts, size
 from jobs.detect import look
+from jobs.encode import Receipt
 from jobs.meter import Meter
 from jobs.metrics import Metrics
 from jobs.plan import Plan
@@ -91,6 +92,7 @@ def _work_off(
         StallWarning(config.stall_warning, lambda: todo - images, wanted) as stalled,
         Meter(Metrics(output.uri), planned.num_images, todo) as meter,
     ):
+        logs.bind(run_id=run_id, output=output.uri)
         meter.introduce(run_id, bundle.digest)
         if work:
             for receipt in pipeline.run(
@@ -106,6 +108,7 @@ def _work_off(
                 retries.add(receipt.retries)
                 traffic.add(receipt.traffic)
                 meter.add(receipt)
+                _log(receipt)
                 images += receipt.rows
                 progress.advance(receipt.rows)
                 stalled.progress()
@@ -129,6 +132,20 @@ def _work_off(
     write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
     _show_summary(counts, output, facts_of_run)
     return counts
+
+
+def _log(receipt: Receipt) -> None:
+    logs.event(
+        "chunk",
+        f"chunk {receipt.chunk_id} is written",
+        chunk_id=receipt.chunk_id,
+        images=receipt.rows,
+        instances=receipt.counts.detections,
+        errors=dict(receipt.counts.errors),
+        seconds={name: round(value, 3) for name, value in receipt.seconds.items()},
+        retries=dict(receipt.retries),
+        bytes=dict(receipt.traffic),
+    )
 
 
 def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:

@@ -156,7 +156,8 @@ def test_the_printed_configuration_is_one(
         parser_for(class_).parse_args([*arguments, "--print_config"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert set(yaml.safe_load(printed)) == {field.name for field in dataclasses.fields(class_)}
+    names = {field.name for field in dataclasses.fields(class_)}
+    assert set(yaml.safe_load(printed)) == {*names, "log_format"}
     file = tmp_path / "c.yaml"
     file.write_text(printed)
     assert parsed(class_, ["--config", str(file)]) == parsed(class_, arguments) == class_(**values)
