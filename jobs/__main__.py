@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jobs import logs
 from jobs.config import (
     ConfigError,
     DemoConfig,
@@ -55,8 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = str(values.verb)
     try:
         config: Any = from_namespace(VERBS[verb], values[verb])
+        log_format = logs.chosen(values[verb].log_format)
     except ValueError as error:
         parsers[verb].error(str(error))
+    with logs.using(log_format, verb=verb):
+        return _run(verb, config)
+
+
+def _run(verb: str, config: Any) -> int:
     # Only the verb that runs is imported: torch and Ray take seconds.
     run = importlib.import_module(f"jobs.{verb}").run
     try:

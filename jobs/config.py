@@ -65,7 +65,18 @@ class PredictConfig:
     limit: int | None = option("plan only the first so many images", None)
     image_column: str | None = option("column of Parquet shards that holds the images", None)
     max_pixels: int = option("refuse larger images, before they are decoded", MAX_PIXELS)
-    plan_only: bool = option("show the plan, write nothing", False)  # noqa: FBT003
+    plan_only: bool = option("show the plan and what it takes, write nothing", False)  # noqa: FBT003
+    calibrate: int | None = option(
+        "with --plan-only: run so many images on one copy of the model, to tell time and GPU hours",
+        None,
+    )
+    images_per_second: float | None = option(
+        "with --plan-only: the rate of one copy of the model, where it is known", None
+    )
+    price_per_gpu_hour: float | None = option("with --plan-only: to tell the cost", None)
+    estimate_output: str | None = option(
+        "with --plan-only: JSON file to write the estimate to, a path or a URI", None
+    )
     frozen_plan: bool = option("go on although the input has changed since it was planned", False)  # noqa: FBT003
     retry_errors: bool = option("do the rows in error again, only them", False)  # noqa: FBT003
     image_timeout: float = option(
@@ -102,9 +113,25 @@ class PredictConfig:
             lambda v: 0 <= v < 1 or (v > 0 and float(v).is_integer()),
             "0, a fraction of 1, or a whole number",
         )
+        _check("calibrate", self.calibrate, lambda v: v >= 1, "1 or more")
+        for name in ("images_per_second", "price_per_gpu_hour"):
+            value = getattr(self, name)
+            _check(name, value, lambda v: 0 < v < math.inf, "a finite number of more than 0")
+        self._refuse_estimates_without_plan()
         if self.min_actors and self.max_actors and self.min_actors > self.max_actors:
             raise ConfigError(
                 f"--min-actors ({self.min_actors}) is more than --max-actors ({self.max_actors})"
+            )
+
+    def _refuse_estimates_without_plan(self) -> None:
+        for name in ("calibrate", "images_per_second", "price_per_gpu_hour", "estimate_output"):
+            if getattr(self, name) is not None and not self.plan_only:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is of --plan-only alone: leave it out"
+                )
+        if self.calibrate is not None and self.images_per_second is not None:
+            raise ConfigError(
+                "--calibrate and --images-per-second exclude one another: measure the rate, or give it"
             )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import jsonargparse
 
 from jobs.config import ConfigError
+from jobs.logs import VARIABLE, LogFormat
 from jobs.redact import holds_credentials
 
 Config = TypeVar("Config")
@@ -26,6 +27,12 @@ def parser_for(config_class: type[Any]) -> jsonargparse.ArgumentParser:
     parser = Parser(description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="YAML file with the keys below; flags win"
+    )
+    parser.add_argument(
+        "--log-format",
+        type=LogFormat | None,
+        default=None,
+        help=f"json writes one object a line; {VARIABLE}, then text, if left out",
     )
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from jobs import annotations, chunks, join, plan, records, retries, tally, tasks, write
+from jobs import annotations, chunks, join, plan, records, retries, tally, tasks, traffic, write
 from jobs.chunks import SHARDS_FOLDER
 from jobs.cluster import connect, plain_errors
 from jobs.config import PackConfig
@@ -225,7 +225,7 @@ def pack_chunk(
         )
     crowds = sum(found["iscrowd"] for row in rows for found in row["detections"])
     empty = sum(row["status"] == "ok" and not row["detections"] for row in rows)
-    with retries.counted() as again:
+    with retries.counted() as again, traffic.counted() as moved:
         counts = write.put_chunk(
             output,
             sealed.chunk_id,
@@ -242,6 +242,7 @@ def pack_chunk(
         "errors": list(counts.errors.items()),
         "seconds": [*sealed.seconds.items(), ("write", time.perf_counter() - started)],
         "retries": list((again + Counter(sealed.retries)).items()),
+        "traffic": list((moved + Counter(sealed.traffic)).items()),
     }
     return pa.Table.from_pylist([receipt], schema=RECEIPT)
 

@@ -187,6 +187,11 @@ def _packed(
     return sink.getvalue(), counts
 
 
+def size_of(table: pa.Table) -> int:
+    """Return how many bytes rows of `PREDICTIONS` take in the output."""
+    return len(_packed(table, {}, None)[0])
+
+
 def _whole(data: bytes, columns: list[str]) -> Counts:
     """Return the counts of a chunk's object after having read all of it, or raise what pyarrow does."""
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)

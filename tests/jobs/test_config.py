@@ -76,6 +76,10 @@ def needed(class_: type[Any]) -> dict[str, Any]:
 
 # What a field cannot do without.
 COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
+    (PredictConfig, "calibrate"): {"plan_only": True},
+    (PredictConfig, "images_per_second"): {"plan_only": True},
+    (PredictConfig, "price_per_gpu_hour"): {"plan_only": True},
+    (PredictConfig, "estimate_output"): {"plan_only": True},
     (PackConfig, "score_threshold"): {"predictions": "some text"},
     (TrainConfig, "scale_max"): {"scale_min": 0.25},
     (ExportConfig, "subset"): {"annotations": "some text"},
@@ -147,7 +151,12 @@ def test_the_printed_configuration_is_one(
         # They bound or exclude others.
         if (class_, field.name)
         not in (
-            *((PredictConfig, "min_actors"), (PackConfig, "annotations"), (TrainConfig, "model")),
+            *(
+                (PredictConfig, "calibrate"),
+                (PredictConfig, "min_actors"),
+                (PackConfig, "annotations"),
+                (TrainConfig, "model"),
+            ),
             (ExportConfig, "image_prefix"),
         )
     }
@@ -156,7 +165,8 @@ def test_the_printed_configuration_is_one(
         parser_for(class_).parse_args([*arguments, "--print_config"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert set(yaml.safe_load(printed)) == {field.name for field in dataclasses.fields(class_)}
+    names = {field.name for field in dataclasses.fields(class_)}
+    assert set(yaml.safe_load(printed)) == {*names, "log_format"}
     file = tmp_path / "c.yaml"
     file.write_text(printed)
     assert parsed(class_, ["--config", str(file)]) == parsed(class_, arguments) == class_(**values)
@@ -274,6 +284,19 @@ BELOW_ONE = "must be 1 or more, not 0"
             PackConfig,
             {"predictions": "p", "score_threshold": 1.5},
             "--score-threshold must be from 0 to 1, not 1.5",
+        ),
+        (PredictConfig, {"plan_only": True, "calibrate": 0}, f"--calibrate {BELOW_ONE}"),
+        (
+            PredictConfig,
+            {"plan_only": True, "price_per_gpu_hour": float("inf")},
+            "--price-per-gpu-hour must be a finite number of more than 0",
+        ),
+        (PredictConfig, {"calibrate": 9}, "--calibrate is of --plan-only alone"),
+        (PredictConfig, {"estimate_output": "e"}, "--estimate-output is of --plan-only alone"),
+        (
+            PredictConfig,
+            {"plan_only": True, "calibrate": 9, "images_per_second": 2.0},
+            "exclude one another",
         ),
         (DemoConfig, {"scenes": 0}, f"--scenes {BELOW_ONE}"),
         (DemoConfig, {"seed": -1}, "--seed must be 0 or more, not -1"),
