@@ -8,6 +8,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from jobs.config import ConfigError
 from jobs.redact import holds_credentials
 
 PACKAGES = ("segmodel", "jobs")
@@ -19,10 +20,6 @@ _SECRET = re.compile(
     r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|(?:^|_)API_?KEY|(?:^|_)KEY(?:_|$)", re.IGNORECASE
 )
 _NAMES_A_FILE = re.compile(r"_(?:FILE|PATH|DIR)$", re.IGNORECASE)
-
-
-class ShippingError(ValueError):
-    """What was to travel may not or cannot; the message says what to do instead."""
 
 
 def fill(folder: Path, files: Mapping[str, bytes], *, code: bool) -> None:
@@ -58,16 +55,16 @@ def variables(names: Iterable[str], *, ship_credentials: bool) -> dict[str, str]
     dashboard hides them from browsers only); so credentials go only where somebody said so.
 
     Raises:
-        ShippingError: One is not set, or looks like a credential and may not go.
+        ConfigError: One is not set, or looks like a credential and may not go.
     """
     values = {}
     for name in names:
         value = os.environ.get(name)
         if value is None:
-            raise ShippingError(f"--env {name}: it is not set here")
+            raise ConfigError(f"--env {name}: it is not set here")
         secret = _SECRET.search(name) and not _NAMES_A_FILE.search(name)
         if (secret or holds_credentials(value)) and not ship_credentials:
-            raise ShippingError(
+            raise ConfigError(
                 f"--env {name}: it holds a credential, and Ray would keep it in the clear where everybody who may "
                 "reach its API can read it. Give the cluster's nodes a role or a service account; or, where all who "
                 "reach the cluster may have it, say --ship-credentials"

@@ -33,5 +33,7 @@ class SubmitConfig:
     )
 
     def __post_init__(self) -> None:
+        # As the command line gives it, whoever made this.
+        object.__setattr__(self, "env", list(self.env))
         if self.stop and self.no_wait:
             raise ConfigError("--stop and --no-wait exclude one another: give one")

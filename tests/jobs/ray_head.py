@@ -90,7 +90,9 @@ class Head:
 
     def logs(self) -> str:
         """Return all that was logged on this node, as one text."""
-        files = [path for path in self.folder.rglob("*") if path.is_file() and "/logs/" in str(path)]
+        files = [
+            path for path in self.folder.rglob("*") if path.is_file() and "/logs/" in str(path)
+        ]
         return "\n".join(path.read_text(errors="replace") for path in files)
 
     def _answers(self) -> bool:
