@@ -153,6 +153,7 @@ def test_the_printed_configuration_is_one(
         not in (
             *((PredictConfig, "min_actors"), (PackConfig, "annotations"), (TrainConfig, "model")),
             (ExportConfig, "image_prefix"),
+            (SubmitConfig, "stop"),
         )
     }
     arguments = as_arguments(class_, values)
