@@ -155,11 +155,9 @@ class JobServer:
         tail = _Tail(show)
         heard = time.monotonic()
         while True:
-            try:
+            # A connection that broke: whether the job lives is asked next.
+            with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
                 asyncio.run(tail.read(self._client, job_id))
-            except (RuntimeError, OSError, aiohttp.ClientError):
-                # The connection broke; whether the job lives is asked next.
-                tail.lost += 1
             try:
                 job = self.job(job_id)
             except UnreachableError as error:
@@ -215,7 +213,6 @@ class _Tail:
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show, self._shown = show, 0
-        self.lost = 0
 
     async def read(self, client: JobSubmissionClient, job_id: str) -> None:
         """Read until the job has ended or the connection breaks."""
@@ -247,9 +244,5 @@ def _words(error: RuntimeError) -> str:
     text = str(error)
     if "does not exist" in text:
         return "the cluster knows no such job any more: it was started anew. Run the same command again to go on"
-    last = [line for line in text.strip().rstrip(".").splitlines() if line.strip()]
-    return (
-        f"Ray {ray.__version__}'s client and the cluster do not agree: {last[-1]}"
-        if last
-        else repr(error)
-    )
+    last = text.strip().rstrip(".").splitlines()[-1]
+    return f"Ray {ray.__version__}'s client and the cluster do not agree: {last}"
