@@ -153,7 +153,7 @@ class JobServer:
             SubmitError: The cluster is gone, or was started anew.
         """
         tail = _Tail(show)
-        heard = time.monotonic()
+        lost_at = None
         while True:
             # A connection that broke: whether the job lives is asked next.
             with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
@@ -161,13 +161,14 @@ class JobServer:
             try:
                 job = self.job(job_id)
             except UnreachableError as error:
-                if time.monotonic() - heard > PATIENCE_S:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > PATIENCE_S:
                     raise SubmitError(
                         f"{error}. {job_id} may be lost with its head node; what it finished is in its output. "
                         "Run the same command again when the cluster is there, to follow it or to go on"
                     ) from error
             else:
-                heard = time.monotonic()
+                lost_at = None
                 if job.ended:
                     return job
             time.sleep(ASK_AGAIN_S)
