@@ -99,7 +99,7 @@ def _hint_at_endpoint(made: Submission, variables: dict[str, str]) -> None:
     given = any(argument.startswith("--endpoint-url") for argument in made.arguments)
     if os.environ.get(name) and name not in variables and not given:
         console.print(
-            f"{name} is set here and does not travel: add --env {name} if the job is to use it."
+            "AWS_ENDPOINT_URL is set here and does not travel: add --env AWS_ENDPOINT_URL if the job is to use it."
         )
 
 
