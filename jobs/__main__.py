@@ -24,6 +24,7 @@ from jobs.config import (
 )
 from jobs.console import error_console
 from jobs.flags import Parser, from_namespace, parser_for
+from jobs.submit_config import SubmitConfig
 
 VERBS: dict[str, type[Any]] = {
     "predict": PredictConfig,
@@ -34,6 +35,7 @@ VERBS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "report": ReportConfig,
+    "submit": SubmitConfig,
     "demo": DemoConfig,
 }
 

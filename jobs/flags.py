@@ -73,10 +73,16 @@ class Parser(jsonargparse.ArgumentParser):
 def _add_flag(parser: jsonargparse.ArgumentParser, field: "Field[Any]", hint: Any) -> None:
     help_ = field.metadata["help"]
     if field.metadata["positional"]:
-        parser.add_argument(field.name, type=hint, help=help_)
+        if hint == list[str]:
+            parser.add_argument(field.name, type=str, nargs="+", help=help_)
+        else:
+            parser.add_argument(field.name, type=hint, help=help_)
         return
     flag = "--" + field.name.replace("_", "-")
-    if hint is bool:
+    if hint == list[str]:
+        given: Any = field.default
+        parser.add_argument(flag, type=str, nargs="+", default=list(given), help=help_)
+    elif hint is bool:
         parser.add_argument(flag, action="store_true", help=help_)
     elif field.default is MISSING:
         parser.add_argument(flag, type=hint, required=True, help=help_)

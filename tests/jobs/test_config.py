@@ -1,7 +1,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -18,6 +18,7 @@ from jobs.config import (
     TrainConfig,
 )
 from jobs.flags import from_namespace, parser_for
+from jobs.submit_config import SubmitConfig
 
 CLASSES = list(VERBS.values())
 
@@ -33,12 +34,13 @@ def as_arguments(class_: type[Any], values: dict[str, Any]) -> list[str]:
         if field.name not in values:
             continue
         value = values[field.name]
+        words = value if isinstance(value, list) else [str(value)]
         if field.metadata["positional"]:
-            arguments.append(str(value))
+            arguments += words
         elif isinstance(value, bool):
             arguments += [flag(field.name)] * value
         else:
-            arguments += [flag(field.name), str(value)]
+            arguments += [flag(field.name), *words]
     return arguments
 
 
@@ -55,6 +57,8 @@ def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
     if field.name in SPECIAL:
         return SPECIAL[field.name]
     hint = get_type_hints(class_)[field.name]
+    if get_origin(hint) is list:
+        return ["some text", "more"]
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
     if get_args(kinds[0]):  # the choices of an optional field
         kinds = list(get_args(kinds[0]))
@@ -158,6 +162,7 @@ def test_the_printed_configuration_is_one(
                 (TrainConfig, "model"),
             ),
             (ExportConfig, "image_prefix"),
+            (SubmitConfig, "stop"),
         )
     }
     arguments = as_arguments(class_, values)
