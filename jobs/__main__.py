@@ -1,7 +1,8 @@
 """The command line: `segjobs VERB`, the same as `python -m jobs VERB`.
 
 Exit codes: 0 all that was promised is done; 1 failed; 2 bad arguments; 3 done, but images are in
-error and `--fail-on-error` was asked; 130 stopped by Ctrl-C.
+error and `--fail-on-error` was asked; 4 a labelled version drifted and is a candidate only; 130 stopped
+by Ctrl-C.
 """
 
 import importlib
@@ -23,6 +24,7 @@ from jobs.config import (
 )
 from jobs.console import error_console
 from jobs.flags import Parser, from_namespace, parser_for
+from jobs.label_config import LabelConfig
 
 VERBS: dict[str, type[Any]] = {
     "predict": PredictConfig,
@@ -31,6 +33,7 @@ VERBS: dict[str, type[Any]] = {
     "pack": PackConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "label": LabelConfig,
     "export": ExportConfig,
     "report": ReportConfig,
     "demo": DemoConfig,

@@ -49,6 +49,19 @@ def from_namespace(config_class: type[Config], values: jsonargparse.Namespace) -
     return config_class(**given)
 
 
+def arguments_of(config: Any) -> list[str]:
+    """Return the flags that make a configuration: those that are not as they are by default."""
+    arguments = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value is True:
+            arguments.append(flag)
+        elif value != field.default:
+            arguments += [flag, str(value)]
+    return arguments
+
+
 class Parser(jsonargparse.ArgumentParser):
     """Adds the nearest known name to the error about an unknown one."""
 
