@@ -23,7 +23,7 @@ from jobs.config import (
     TrainConfig,
 )
 from jobs.console import error_console
-from jobs.flags import Parser, from_namespace, parser_for
+from jobs.flags import Parser, from_namespace, gathered, parser_for
 from jobs.label_config import LabelConfig
 
 VERBS: dict[str, type[Any]] = {
@@ -54,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsers = {verb: parser_for(config_class) for verb, config_class in VERBS.items()}
     for verb, verb_parser in parsers.items():
         verbs.add_subcommand(verb, verb_parser, help=VERBS[verb].__doc__)
-    values = parser.parse_args(None if arguments is None else list(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in VERBS:
+        given = [given[0], *gathered(VERBS[given[0]], given[1:])]
+    values = parser.parse_args(given)
     verb = str(values.verb)
     try:
         config: Any = from_namespace(VERBS[verb], values[verb])

@@ -8,7 +8,7 @@ is made good by the next. Exit codes: 0 published, or nothing was new; 4 publish
 
 import uuid
 
-from jobs import label_view, labelling, retries, versions
+from jobs import label_view, labelling, retries, reviewed, versions
 from jobs.cluster import connect
 from jobs.config import ConfigError
 from jobs.console import console
@@ -35,8 +35,7 @@ def run(config: LabelConfig) -> int:
         versions.promote(dataset, config.promote, stamp())
         console.print(f"Version {config.promote} of {dataset.uri} is current now.")
         return 0
-    assert config.input is not None
-    if lies_within(config.dataset, config.input, config.endpoint_url):
+    if config.input and lies_within(config.dataset, config.input, config.endpoint_url):
         raise ConfigError(f"--dataset {config.dataset} lies within --input: choose a place outside")
     connect(config.address)
     if config.dry_run:
@@ -44,12 +43,9 @@ def run(config: LabelConfig) -> int:
         label_view.show_news(base.parent, base.found, base.news)
         return 0
     _refuse_unsafe(config, dataset)
-    return _label(config, dataset)
-
-
-def _label(config: LabelConfig, dataset: Store) -> int:
+    make = labelling.label if config.reviewed is None else reviewed.label
     for _ in range(TRIES):
-        code = labelling.label(config, dataset)
+        code = make(config, dataset)
         if code is not None:
             return code
         console.print("Another run has published a version meanwhile: starting from that one.")

@@ -4,10 +4,9 @@ An accepted image brings its bytes along, and so does one that waits for a perso
 empty, so that a version can be trained on, or corrected, whatever becomes of the input.
 """
 
-import io
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,10 +16,11 @@ import pyarrow.parquet as pq
 
 from jobs import chunks, versions, write
 from jobs.chunks import Chunk
+from jobs.detect import FOOTER_WINDOW
 from jobs.novelty import CONTENT, content_digest, object_of
 from jobs.plan import Plan
 from jobs.read import Source, read_chunk
-from jobs.store import Store
+from jobs.store import ObjectInfo, Store
 from jobs.tasks import in_order
 from jobs.versions import ACCEPTED, CONTENTS, LISTING, REJECTED, REVIEW
 from segmodel import schema
@@ -211,13 +211,19 @@ def listed(stage: Stage, objects: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=LISTING)
 
 
-def replace_rows(before: pa.Table, ids: Sequence[str], stage: Stage) -> tuple[pa.Table, Sorted]:
+def replace_rows(
+    before: pa.Table,
+    ids: Sequence[str],
+    stage: Stage,
+    tables: Collection[str] = (*SCHEMAS, CONTENTS),
+) -> tuple[pa.Table, Sorted]:
     """Take rows out of a parent's objects: those that hold any are written anew without them.
 
     Args:
         before: The parent's objects, a table of `LISTING`.
         ids: Of the images whose rows go, sorted.
         stage: Where what is left of an object goes.
+        tables: Of which rows go.
 
     Returns:
         The objects that stay as they are, and what was taken away: `images`, `fates` and `profile`, all
@@ -227,10 +233,11 @@ def replace_rows(before: pa.Table, ids: Sequence[str], stage: Stage) -> tuple[pa
     if not ids:
         return before, taken
     wanted = pa.array(ids, pa.string())
-    stays = []
-    touched = []
+    stays: list[Row] = []
+    touched: list[Row] = []
     for row in before.to_pylist():
-        touched.append(row) if _may_hold(row, ids) else stays.append(row)
+        may_hold = row["table"] in tables and _may_hold(row, ids)
+        (touched if may_hold else stays).append(row)
     calls = ((stage, number, row, wanted) for number, row in enumerate(touched))
     for row, ((hit, done),) in zip(touched, in_order(_without, calls), strict=True):
         if hit:
@@ -275,7 +282,17 @@ def _take_away(done: Sorted, table: str, rows: Iterable[Row]) -> None:
             done.profile.add(row["detections"] if table != REJECTED else (), times=-1)
 
 
-def read(store: Store, row: Row) -> pa.Table:
-    """Return the rows of an object of a listing, page checksums verified."""
-    data = io.BytesIO(store.read(row["path"], etag=row["etag"]))
-    return pq.read_table(data, page_checksum_verification=True)
+def read(store: Store, row: Row, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return columns of the rows of an object of a listing, page checksums verified.
+
+    Raises:
+        DamagedError: It is not what was written.
+        ChangedError: It is another object.
+    """
+    info = ObjectInfo(row["path"], row["size"], row["etag"])
+    try:
+        file = store.open(info, FOOTER_WINDOW if columns else max(info.size, 1))
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            return opened.read(columns=None if columns is None else list(columns))
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise store.damaged(info.path, error) from error

@@ -126,7 +126,7 @@ def test_what_is_new_becomes_the_next_version(
 
 
 def manifest_objects(place: Place, number: int) -> list[str]:
-    found: list[str] = pq.read_table(
-        place.root / "set" / place.manifest(number)["objects"]
-    )["path"].to_pylist()
+    found: list[str] = pq.read_table(place.root / "set" / place.manifest(number)["objects"])[
+        "path"
+    ].to_pylist()
     return found
