@@ -103,6 +103,11 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
     if (waiting := _waiting(base, rules)) is not None:
         return waiting
     label_view.show_news(base.parent, base.found, base.news)
+    begun = _begun(config, base, rules)
+    if begun is not None:
+        console.print("An earlier run did not get to its end: what it began is finished first.")
+        base = begun
+        rules = _rules(config, base)
     planned = _planned(config, base, rules)
     if planned is None:
         return _nothing_new(base, base.news.objects.num_rows)
@@ -110,7 +115,9 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
     console.print(f"$ segjobs {shlex.join(arguments)}", style="bold cyan", markup=False)
     if code := main(arguments):
         return code
-    return _publish(config, base, rules, planned)
+    done = _publish(config, base, rules, planned)
+    # What came after that run had looked.
+    return done if begun is None or done is None else label(config, dataset)
 
 
 def _rules(config: LabelConfig, base: Base) -> Rules:
@@ -175,6 +182,27 @@ def _waiting(base: Base, rules: Rules) -> int | None:
         f"--show {last}, and make it current by --promote {last}. Nothing was published."
     )
     return DRIFTED
+
+
+def _begun(config: LabelConfig, base: Base, rules: Rules) -> Base | None:
+    """Return the base of work that an earlier run began with less than what is new now; None without any."""
+    number = 0 if base.parent is None else base.parent.number
+    others = (versions.load(base.dataset, n) for n in range(number + 1, base.number))
+    candidates = {other.manifest["work"][:DIGITS] for other in others}
+    places = {info.path.split("/")[1] for info in base.dataset.list_objects(WORK)}
+    for place in sorted(places):
+        started_from, _, digest = place.partition("-")
+        if started_from != str(number) or digest in (rules.digest[:DIGITS], *candidates):
+            continue
+        work = open_store(base.dataset.url(f"{WORK}/{place}"), config.endpoint_url)
+        planned = plan.load(work)
+        if planned is None or planned.job != job.described(rules.predict, rules.bundle):
+            continue
+        objects = versions.read_table(work, f"{PLAN_FOLDER}/{planned.plan_id}/objects.parquet")
+        if novelty.holds(base.news.objects, objects):
+            changed = base.news.changed & set(objects["path"].to_pylist())
+            return replace(base, news=replace(base.news, objects=objects, changed=changed))
+    return None
 
 
 def _planned(config: LabelConfig, base: Base, rules: Rules) -> Plan | None:

@@ -91,6 +91,11 @@ def inputs(before: Version | None, new: pa.Table) -> pa.Table:
     return pa.concat_tables([kept, new]).sort_by("path")
 
 
+def holds(objects: pa.Table, some: pa.Table) -> bool:
+    """Say whether all of some objects are among others, unchanged."""
+    return bool(pc.all(pc.is_in(_whole(some), _whole(objects)), min_count=0).as_py())
+
+
 def compare(found: News, planned: Plan, source: Source, parent: Version | None) -> Compared:
     """Leave out of a plan the images whose content is labelled, in Ray tasks that read them.
 

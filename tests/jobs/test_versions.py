@@ -118,13 +118,13 @@ def test_a_uri_names_a_version_and_a_table_of_it(tmp_path: Path) -> None:
     assert table.objects.to_pylist() == [
         {"path": "versions/1/x/review/0.parquet", "size": 9, "etag": "e"}
     ]
-    with pytest.raises(InputError, match="version 1 of .* has no rejected rows"):
+    with pytest.raises(InputError, match=r"version 1 of .* has no rejected rows"):
         versions.look_at_table(str(tmp_path / "versions" / "1" / "rejected"), None)
 
 
 def test_a_data_set_of_candidates_names_the_remedy(tmp_path: Path) -> None:
     publish(open_store(str(tmp_path)), 1, status="candidate")
-    with pytest.raises(InputError, match="only candidates: `segjobs label .* --promote N`"):
+    with pytest.raises(InputError, match=r"only candidates: `segjobs label .* --promote N`"):
         versions.find(str(tmp_path), None)
 
 
