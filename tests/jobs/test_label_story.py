@@ -151,7 +151,7 @@ def test_three_days_of_labels_become_a_model(
     drift = manifests[1]["drift"]
     assert set(drift) == {"class_mix", "scores", "sizes", "empty_share"}
     # The scenes of both days are drawn alike.
-    assert all(0 <= moved["distance"] < 0.35 for moved in drift.values())
+    assert all(0 <= m["distance"] <= max(0.3, m["chance"]) for m in drift.values())
     # The first version is as it was.
     assert story.rows(1, ACCEPTED) == first
 
