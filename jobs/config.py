@@ -208,8 +208,15 @@ class PackConfig:
 class TrainConfig:
     """Train a model on packed shards, distributed; run again with the same output to go on."""
 
-    train: str = option("packed set to train on (`segjobs pack --annotations`)")
+    train: str | list[str] = option(
+        "what to train on, one or more: packed sets (`segjobs pack`), data sets and versions of `segjobs label`"
+    )
     output: str = option("folder or prefix of checkpoints, curves, and the bundle at the end")
+    train_weights: list[float] | None = option(
+        "the share of each of --train that an epoch has, drawn anew in each: 1 0.5 halves the second; all of "
+        "all if left out",
+        None,
+    )
     val: str | None = option("packed set whose mask AP chooses the best checkpoint", None)
     model: str | None = option("bundle to start from; else random weights of --arch", None)
     arch: Architecture | None = option(
@@ -295,8 +302,25 @@ class TrainConfig:
             _check(name, getattr(self, name), math.isfinite, "a finite number")
         _check("learning_rate", self.learning_rate, lambda v: v > 0, "more than 0")
         _check("freeze_stages", self.freeze_stages, lambda v: 0 <= v <= 5, "from 0 to 5")
+        self._refuse_bad_weights()
         self._refuse_what_does_not_go_together()
         _ = self.worker_range
+
+    @property
+    def train_sets(self) -> list[str]:
+        """What to train on."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    def _refuse_bad_weights(self) -> None:
+        sets, weights = self.train_sets, self.train_weights
+        if weights is None:
+            return
+        if len(weights) != len(sets):
+            raise ConfigError(
+                f"--train-weights has {len(weights)} numbers, and --train {len(sets)} sets: give one for each"
+            )
+        for weight in weights:
+            _check("train_weights", weight, lambda v: 0 < v <= 1, "more than 0 and at most 1")
 
     def _refuse_what_does_not_go_together(self) -> None:
         if not 0 < self.scale_min <= self.scale_max:
@@ -335,6 +359,9 @@ class EvaluateConfig:
 
     predictions: str = option("output of predict, or another folder of Parquet in the one schema")
     annotations: str = option("the truth: a COCO instances JSON, or a packed set")
+    against: str | None = option(
+        "another table, compared with the same truth, to say which of the two is better", None
+    )
     output: str | None = option("folder or prefix for metrics.json and the plots", None)
     subset: bool = option("leave out predictions of images that the truth has not", False)  # noqa: FBT003
     score_threshold: float = option(

@@ -37,6 +37,7 @@ from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console, duration, facts, size
 from jobs.detect import look
 from jobs.encode import Receipt
+from jobs.job import described
 from jobs.meter import Meter
 from jobs.metrics import Metrics
 from jobs.plan import Plan
@@ -49,7 +50,6 @@ from jobs.store import Store
 from jobs.weights import load_bundle
 from jobs.write import Counts
 from segmodel.bundle import Bundle
-from segmodel.schema import SCHEMA_VERSION
 
 
 def run(config: PredictConfig) -> int:
@@ -59,7 +59,7 @@ def run(config: PredictConfig) -> int:
     output = open_store(config.output, config.endpoint_url)
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
-    job = _job(config, bundle)
+    job = described(config, bundle)
     may_grow = connect(config.address)
     if config.plan_only:
         _preview(config, job, output, bundle, may_grow=may_grow)
@@ -161,26 +161,6 @@ def _log(receipt: Receipt) -> None:
         retries=dict(receipt.retries),
         bytes=dict(receipt.traffic),
     )
-
-
-def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
-    """Return what results depend on: the same job may be resumed, another may not."""
-    threshold, most = config.score_threshold, config.max_detections
-    return {
-        # As the store names it: however it was spelled, and wherever the command was typed.
-        "input": open_store(config.input, config.endpoint_url).uri,
-        "format": config.format,
-        "model_digest": bundle.digest,
-        "score_threshold": bundle.score_threshold if threshold is None else threshold,
-        "max_detections": bundle.max_detections if most is None else most,
-        "precision": config.precision,
-        "tasks": config.tasks,
-        "chunk_size": config.chunk_size,
-        "limit": config.limit,
-        "image_column": config.image_column,
-        "max_pixels": config.max_pixels,
-        "schema_version": SCHEMA_VERSION,
-    }
 
 
 def _preview(

@@ -82,7 +82,7 @@ def make(config: TrainConfig, *, gpus: bool) -> Task:
     Raises:
         ValueError: Data, bundle or settings do not fit; the message says what to change.
     """
-    train = training_set.load([config.train], config.endpoint_url)
+    train = training_set.load(config.train_sets, config.endpoint_url, config.train_weights or ())
     val = None if config.val is None else training_set.load([config.val], config.endpoint_url)
     if val is not None and not set(val.categories) <= set(train.categories):
         unknown = sorted(set(val.categories) - set(train.categories))[:5]

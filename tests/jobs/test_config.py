@@ -17,7 +17,8 @@ from jobs.config import (
     PredictConfig,
     TrainConfig,
 )
-from jobs.flags import from_namespace, parser_for
+from jobs.flags import arguments_of, from_namespace, gathered, parser_for
+from jobs.label_config import LabelConfig
 from jobs.submit_config import SubmitConfig
 
 CLASSES = list(VERBS.values())
@@ -49,7 +50,9 @@ def parsed(class_: type[Any], arguments: list[str]) -> Any:
 
 
 # Fields whose range has none of the values below.
-SPECIAL = {"freeze_stages": 2, "examples": 7}
+SPECIAL = {"freeze_stages": 2, "examples": 7, "train_weights": [0.25]}
+# What `label` needs, unless something else is asked for.
+TO_LABEL = {"input": "in", "model": "model", "policy": "policy.yaml"}
 
 
 def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
@@ -71,11 +74,12 @@ def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
 def needed(class_: type[Any]) -> dict[str, Any]:
     """Values of the fields that have no default."""
     fields = dataclasses.fields(class_)
-    return {
+    values = {
         field.name: another_value(class_, field)
         for field in fields
         if field.default is dataclasses.MISSING
     }
+    return {**values, **(TO_LABEL if class_ is LabelConfig else {})}
 
 
 # What a field cannot do without.
@@ -163,6 +167,7 @@ def test_the_printed_configuration_is_one(
             ),
             (ExportConfig, "image_prefix"),
             (SubmitConfig, "stop"),
+            *((LabelConfig, name) for name in ("list", "show", "promote", "reviewed")),
         )
     }
     arguments = as_arguments(class_, values)
@@ -364,3 +369,41 @@ def test_the_recipes_are_configurations_of_train(recipe: Path) -> None:
     found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
     assert found.arch == "small"
     assert found.epochs == yaml.safe_load(recipe.read_text())["epochs"]
+
+
+def test_several_values_of_a_flag_are_one_list(tmp_path: Path) -> None:
+    def sets(*arguments: str) -> tuple[list[str], list[float] | None]:
+        found = parsed(TrainConfig, gathered(TrainConfig, [*arguments, "--output", "out"]))
+        return found.train_sets, found.train_weights
+
+    assert sets("--train", "a") == (["a"], None)
+    assert sets("--train", "a b", "c: d", "--epochs", "3") == (["a b", "c: d"], None)
+    assert sets("--train", "a", "b", "--train-weights", "1", "0.5") == (["a", "b"], [1, 0.5])
+    assert sets("--train-weights", "0.5", "--train", "a") == (["a"], [0.5])
+    file = tmp_path / "c.yaml"
+    for text, expected in (("train: a", ["a"]), ("train: [a, b]", ["a", "b"])):
+        file.write_text(text)
+        assert sets("--config", str(file)) == (expected, None)
+    for weights, message in (([1.0], "has 1 numbers, and --train 2"), ([1.0, 0.0], "more than 0")):
+        with pytest.raises(ConfigError, match=message):
+            TrainConfig(train=["a", "b"], output="out", train_weights=weights)
+
+
+def test_the_arguments_of_a_configuration_make_it() -> None:
+    made = PredictConfig(input="a b", output="o", model="m", score_threshold=0.0, frozen_plan=True)
+    assert parsed(PredictConfig, arguments_of(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "--input, --model, --policy must be given to label"),
+        ({"dry_run": True}, "--input must be given"),
+        ({"list": True, "show": 3}, "--list and --show exclude one another"),
+        ({**TO_LABEL, "max_drift": 1.5}, "--max-drift must be from 0 to 1"),
+        ({"promote": 0}, "--promote must be 1 or more"),
+    ],
+)
+def test_what_label_cannot_do_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LabelConfig(dataset="set", **values)

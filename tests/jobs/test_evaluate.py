@@ -434,3 +434,40 @@ def test_real_annotations(name: str, tmp_path: Path) -> None:
     metrics = run(tmp_path)
     assert_stock(metrics, file, rows)
     assert 0 < metrics["mask"]["AP"] < 1
+
+
+def test_one_table_is_held_against_another(
+    made: tuple[Path, Row, list[Row]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file, predictions = made
+    worse = [{**row, "detections": row["detections"][1:]} for row in predictions]
+    put_predictions(open_store(str(folder / "worse")), worse)
+    other = str(folder / "worse")
+    metrics = run(folder, "--against", other)
+    assert_stock(metrics, file, predictions)
+    assert_stock(metrics["against"], file, worse)
+    ours, theirs = metrics["mask"]["AP"], metrics["against"]["mask"]["AP"]
+    assert ours > theirs
+    verdict = {"by": "mask AP", "predictions": ours, "against": theirs, "better": "predictions"}
+    assert metrics["against"]["better"] == verdict
+    said = capsys.readouterr().out
+    assert f"Better by {ours - theirs:.4f} mask AP: " in said
+    assert f"{folder / 'table'} (--predictions)" in said
+    assert "mask AP of cat" in said
+
+    assert main(_arguments(folder, "--predictions", other, "--against", str(folder / "table"))) == 0
+    assert f"{folder / 'table'} (--against)" in capsys.readouterr().out
+    assert main(_arguments(folder, "--against", str(folder / "table"))) == 0
+    assert "Neither is better" in capsys.readouterr().out
+    # Boxes alone are compared by their boxes.
+    bare = [
+        {
+            **row,
+            "detections": [{**d, "segmentation": None, "area": None} for d in row["detections"]],
+        }
+        for row in predictions
+    ]
+    put_predictions(open_store(str(folder / "bare")), bare)
+    metrics = run(folder, "--against", str(folder / "bare"))
+    assert metrics["against"]["better"]["by"] == "box AP"
+    assert metrics["against"]["better"]["better"] == "neither"
