@@ -22,9 +22,9 @@ from tests.conftest import S3, Bucket
 from tests.infra import runbook
 from tests.jobs.ray_head import Head
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-DEADLINE_S = 240
+DEADLINE_S = 400
 SCENES, CHUNK_SIZE = 40, 2
 SETTINGS = f"chunk_size: {CHUNK_SIZE}\nmax_actors: 1\nmax_detections: 4\nfail_on_error: true\n"
 TOKEN = "a-token-that-is-long-enough-for-a-test"
