@@ -29,6 +29,12 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # Drivers are told to stop as Ctrl-C does, and say how far they came; then they have this long.
 STOP_VARIABLES = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 STOP_PATIENCE_S = 90.0
+# They say at level INFO what we say ourselves.
+TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 
 
 class SubmitError(RuntimeError):
@@ -72,8 +78,8 @@ class JobServer:
     def __init__(self, address: str | None) -> None:
         given = address or next(filter(None, map(os.environ.get, ADDRESS_VARIABLES)), None)
         self.address = (given or DEFAULT_ADDRESS).rstrip("/")
-        # It says at level INFO what we say ourselves.
-        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with _preferred(self.address), self._plain_errors():
             self._client = JobSubmissionClient(self.address)
 

@@ -36,6 +36,7 @@ PLACES = (
         "predictions",
         "truth",
         "weights",
+        "reviewed",
     ),
     *FILES[1:],
 )
@@ -125,14 +126,17 @@ def _take(path: str, files: dict[str, tuple[str, bytes]]) -> str:
 def _refuse_own_places(config: Any, taken: set[str]) -> None:
     """Refuse paths that mean something else on the cluster: relative to a folder that is not there."""
     for name in PLACES:
-        value = getattr(config, name, None)
-        if value is None or value in taken or value in PUBLISHED or "://" in value:
-            continue
-        if not Path(value).is_absolute():
-            raise ConfigError(
-                f"--{name} {value} is a path in this folder, and the job runs elsewhere: give a URI, or the full path "
-                "of a folder that every node has"
-            )
+        given = getattr(config, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in taken and _is_own(value):
+                raise ConfigError(
+                    f"--{name} {value} is a path in this folder, and the job runs elsewhere: give a URI, or the full "
+                    "path of a folder that every node has"
+                )
+
+
+def _is_own(value: str) -> bool:
+    return "://" not in value and value not in PUBLISHED and not Path(value).is_absolute()
 
 
 def _output(config: Any) -> str:

@@ -146,7 +146,14 @@ CRON_JOB = Fields(
     required=("jobTemplate", "schedule"),
 )
 METADATA = Fields(
-    {"name": str, "generateName": str, "namespace": str, "labels": STRINGS, "annotations": STRINGS}
+    {
+        "ownerReferences": list,
+        "name": str,
+        "generateName": str,
+        "namespace": str,
+        "labels": STRINGS,
+        "annotations": STRINGS,
+    }
 )
 KINDS = {
     kind: Fields(

@@ -1,5 +1,6 @@
 """Submitted to real heads with their dashboard and job API, which ask for a token."""
 
+import io
 import json
 import os
 import re
@@ -13,15 +14,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import requests
+from PIL import Image
+from pyarrow.fs import S3FileSystem
 
 from segmodel import scenes
 from tests.conftest import S3, Bucket
+from tests.infra import runbook
 from tests.jobs.ray_head import Head
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-DEADLINE_S = 240
+DEADLINE_S = 400
 SCENES, CHUNK_SIZE = 40, 2
+SETTINGS = f"chunk_size: {CHUNK_SIZE}\nmax_actors: 1\nmax_detections: 4\nfail_on_error: true\n"
 TOKEN = "a-token-that-is-long-enough-for-a-test"
 SECRET = "planted-secret-of-this-test"
 AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
@@ -79,36 +84,37 @@ def photos(bucket: Bucket, png: Callable[..., bytes]) -> Bucket:
 
 
 def _png(seed: int) -> bytes:
-    import io
-
-    from PIL import Image
-
     file = io.BytesIO()
     Image.fromarray(scenes.scene(seed, (96, 128)).image).save(file, "PNG")
     return file.getvalue()
 
 
 def predict(photos: Bucket, model: Path, config: Path) -> list[str]:
-    config.write_text(
-        f"chunk_size: {CHUNK_SIZE}\nmax_actors: 1\nmax_detections: 4\nfail_on_error: true\n"
-    )
+    config.write_text(SETTINGS)
     return [
         *("predict", "--config", str(config), "--input", f"{photos.uri}/photos"),
         *("--output", f"{photos.uri}/table", "--model", str(model)),
     ]
 
 
-def wait_for_chunks(photos: Bucket, number: int, process: "subprocess.Popen[str]") -> int:
+def wait_for_chunks(
+    photos: Bucket, number: int, process: "subprocess.Popen[str]", table: str = "table"
+) -> int:
     deadline = time.monotonic() + DEADLINE_S
-    while (done := finished(photos)) < number:
+    while (done := finished(photos, table)) < number:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.3)
     return done
 
 
-def finished(photos: Bucket) -> int:
-    return sum(1 for _ in photos.store("table/predictions").list_objects())
+def finished(photos: Bucket, table: str = "table") -> int:
+    return sum(1 for _ in photos.store(f"{table}/predictions").list_objects())
+
+
+def read_rows(photos: Bucket, table: str) -> list[dict[str, object]]:
+    where = S3FileSystem(endpoint_override=photos.endpoint_url, region="us-east-1")
+    return pq.read_table(f"{photos.name}/{table}/predictions", filesystem=where).to_pylist()
 
 
 def test_a_job_is_followed_and_ends_as_the_verb_does(shell: Shell, tmp_path: Path) -> None:
@@ -174,9 +180,7 @@ def test_submitting_twice_is_harmless_and_stop_is_clean(
     assert code == 3, said
     assert "-2 is submitted to" in said
     assert photos.store("table").info("_SUCCESS") is not None
-    rows = pq.read_table(
-        photos.uri.removeprefix("s3://") + "/table/predictions", filesystem=_filesystem(photos)
-    ).to_pylist()
+    rows = read_rows(photos, "table")
     assert len(rows) == len({row["image_id"] for row in rows}) == SCENES
 
     # What was shipped on demand is seen by whoever may ask the job API, and by nobody else.
@@ -184,12 +188,6 @@ def test_submitting_twice_is_harmless_and_stop_is_clean(
     assert SECRET in json.dumps(shell.jobs())
     assert SECRET not in shell.head.logs()
     assert not [path for path in _objects(photos) if SECRET.encode() in photos.store().read(path)]
-
-
-def _filesystem(bucket: Bucket) -> object:
-    from pyarrow.fs import S3FileSystem
-
-    return S3FileSystem(endpoint_override=bucket.endpoint_url, region="us-east-1")
 
 
 def _objects(bucket: Bucket) -> list[str]:
@@ -209,32 +207,83 @@ def test_without_the_token_it_says_what_to_set(shell: Shell, environment: dict[s
     assert TOKEN not in said
 
 
-def test_a_lost_head_costs_nothing(
-    environment: None, s3: S3, photos: Bucket, tiny_bundle: Path, tmp_path: Path
+@dataclass(frozen=True)
+class Runbook:
+    """Runs blocks of the runbook in a shell, as they are."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self, heading: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            ["bash", "-ec", runbook.block(heading, "test").text],
+            cwd=self.folder,
+            env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, heading: str) -> tuple[int, str]:
+        process = self.start(heading)
+        said, _ = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, " ".join(said.split())
+
+
+@pytest.fixture
+def book(photos: Bucket, tiny_bundle: Path, tmp_path: Path) -> Runbook:
+    """A shell in a folder with settings, the model where the runbook has it, and `segjobs` on its path."""
+    for file in tiny_bundle.iterdir():
+        photos.store("models/small").put(file.name, file.read_bytes())
+    program = tmp_path / "segjobs"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{PROGRAM}" "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "settings.yaml").write_text(SETTINGS)
+    return Runbook(
+        tmp_path,
+        {
+            **AUTHENTICATION,
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "BUCKET": photos.name,
+            "AWS_ENDPOINT_URL": photos.endpoint_url,
+        },
+    )
+
+
+def test_the_runbook_and_a_head_that_is_lost(
+    environment: None, photos: Bucket, book: Runbook
 ) -> None:
-    command = [
-        "--env",
-        "AWS_ENDPOINT_URL",
-        "--",
-        *predict(photos, tiny_bundle, tmp_path / "a.yaml"),
-    ]
-    variables = {**AUTHENTICATION, "AWS_ENDPOINT_URL": s3.endpoint_url}
-    with Head(AUTHENTICATION) as head:
-        first = Shell(head, variables).start(*command)
-        wait_for_chunks(photos, 3, first)
+    variables = {**AUTHENTICATION, "AWS_ENDPOINT_URL": photos.endpoint_url}
+    table = photos.store("tables/photos")
+    with Head(variables) as head:
+        book.environment["RAY_API_SERVER_ADDRESS"] = head.address
+        first = book.start("Submit")
+        wait_for_chunks(photos, 3, first, "tables/photos")
         # The driver's node with everything on it.
         head.kill()
-        said, _ = first.communicate(timeout=DEADLINE_S)
+        said = " ".join(first.communicate(timeout=DEADLINE_S)[0].split())
         assert first.returncode == 1, said
-        assert "may be lost with its head node; what it finished is in its output" in " ".join(
-            said.split()
-        )
-        done = finished(photos)
+        assert "may be lost with its head node; what it finished is in its output" in said
+        done = finished(photos, "tables/photos")
         assert 3 <= done < SCENES / CHUNK_SIZE
         port = head.ports["dashboard-port"]
-    with Head(AUTHENTICATION, port) as head:
-        code, said = Shell(head, variables).run(*command)
-    assert code == 3, said
-    assert f"of them {SCENES // CHUNK_SIZE - done} to do" in " ".join(said.split())
-    assert finished(photos) == SCENES / CHUNK_SIZE
-    assert photos.store("table").info("_SUCCESS") is not None
+
+    with Head(variables, port):
+        # One image is no image, and the settings ask for --fail-on-error.
+        code, said = book.run("Submit")
+        assert code == 3, said
+        assert f"of them {SCENES // CHUNK_SIZE - done} to do" in said
+        assert finished(photos, "tables/photos") == SCENES / CHUNK_SIZE
+        code, said = book.run("Watch")
+        assert code == 0, said
+        assert "finished: _SUCCESS is there" in said
+        code, said = book.run("Stop, and go on")
+        assert code == 0, said
+        assert "there is nothing to stop" in said
+        photos.store("photos").put("broken.png", _png(SCENES))
+        code, said = book.run("Retry errors")
+        assert code == 0, said
+    assert table.info("_SUCCESS") is not None
+    rows = read_rows(photos, "tables/photos")
+    assert len(rows) == len({row["image_id"] for row in rows}) == SCENES
+    assert {row["status"] for row in rows} == {"ok"}
