@@ -21,22 +21,23 @@ def show_all(dataset: Store) -> None:
         console.print(f"{dataset.uri} has no version yet.")
         return
     now = versions.current(dataset, every[-1].number)
-    table = Table(title=f"Versions of {dataset.uri}", title_justify="left")
+    table = Table(title=f"Versions of {dataset.uri}", title_justify="left", box=None)
     for name in ("", "parent", "made", "state", "images", "labels", "to review", "new", "model"):
-        table.add_column(name, justify="right" if name in ("images", "labels", "new") else "left")
+        is_number = name in ("images", "labels", "to review", "new")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
     for one in every:
         counts, total = one.manifest["counts"]["new"], one.manifest["counts"]["all"]
         is_current = now is not None and one.number == now.number
         table.add_row(
             str(one.number),
             str(one.manifest["parent"] or "-"),
-            one.manifest["created_at"],
+            one.manifest["created_at"][:16].replace("T", " "),
             "current" if is_current else one.manifest["status"],
             str(total[ACCEPTED]["rows"]),
             str(total[ACCEPTED]["labels"]),
             str(total[REVIEW]["rows"]),
             str(counts["images"]),
-            Text((one.manifest["model"] or {}).get("digest", "people")[:12]),
+            Text((one.manifest["model"] or {}).get("digest", "people")[:8]),
         )
     console.print(table)
 

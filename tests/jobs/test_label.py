@@ -18,7 +18,13 @@ from segmodel.schema import TRAINING
 pytestmark = pytest.mark.ray
 
 # Of the tiny model's detections some are labels, some are to be looked at, the rest is rejected.
-POLICY = "score_threshold: 0.0\nduplicate_iou: 0.9\nmax_per_image: 5\naudit_share: 0.5\n"
+POLICY = """
+score_threshold: 0.0
+min_area: 1
+duplicate_iou: 0.9
+max_per_image: 5
+audit_share: 0.5
+"""
 
 
 class Place:
@@ -180,7 +186,7 @@ def test_what_drifts_is_a_candidate_until_it_is_promoted(
 
 def test_reviewed_labels_win(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     # All images wait for a person, but those whose best detections are labels.
-    place.policy("score_threshold: 1.0\nreview_from: 0.0\nmax_per_image: 3\n")
+    place.policy("score_threshold: 1.0\nreview_from: 0.0\nmin_area: 1\nmax_per_image: 3\n")
     place.put("a.tar", {f"{n}.jpg": n for n in range(5)})
     (place.root / "in" / "a.tar").write_bytes(
         place.make_tar([(f"{n}.jpg", place.jpeg(n)) for n in range(5)] + [("bad.jpg", b"no image")])
