@@ -99,7 +99,7 @@ def test_a_relative_place_in_a_file_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_several_values_of_a_flag_travel_as_they_were_typed() -> None:
-    typed = ["train", "--train", "s3://b/a", "s3://b/c", "--output", "s3://b/out"]
+    typed = ["train", "--train", "s3://bb/a", "s3://bb/c", "--output", "s3://bb/out"]
     assert prepare(typed, VERBS).arguments == tuple(typed)
     with pytest.raises(ConfigError, match="--train here is a path"):
         prepare([*typed[:3], "here", *typed[4:]], VERBS)
