@@ -18,7 +18,8 @@ from jobs.__main__ import main
 from jobs.storage import ArrowStore, open_store
 from segmodel.schema import TRAINING
 from tests.jobs import labelling_place
-from tests.jobs.labelling_place import POLICY, Place
+from tests.jobs.conftest import put_shard, training_row
+from tests.jobs.labelling_place import POLICY, Place, found_in
 
 
 @pytest.fixture
@@ -392,3 +393,71 @@ def test_what_a_run_began_is_finished_by_the_next_before_what_came_since(
     assert set(place.rows(1)) == {f"a.tar#{n}.jpg" for n in range(3)}
     assert set(place.rows(2)) == {*place.rows(1), "b.tar#7.jpg"}
     assert place.manifest(2)["parent"] == 1
+
+
+def test_packed_shards_are_compared_by_the_ids_that_they_bring(
+    place: Place, put_packed: Callable[..., list[dict[str, Any]]], jpeg: Callable[..., bytes]
+) -> None:
+    store = open_store(str(place.root / "in"))
+    rows = put_packed(store, 6)
+    assert place.label("--format", "parquet") == 0
+    assert set(place.rows(1)) == {row["image_id"] for row in rows}
+    # Another shard has one of the same images, one that replaces another's, and one that is new.
+    again, other, new = rows[1], {**rows[2]}, training_row(8, jpeg)
+    other["image"] = {"bytes": jpeg(99), "path": "2.jpg"}
+    put_shard(store, "later", [again, other, new], 5)
+    assert place.label("--format", "parquet") == 0
+    second = place.rows(2)
+    assert place.manifest(2)["counts"]["new"]["images"] == 2
+    assert place.manifest(2)["counts"]["new"]["replaced"] == 1
+    assert set(second) == {row["image_id"] for row in (*rows, new)}
+    assert second["all#2.jpg"]["image"]["bytes"] == jpeg(99)
+    assert second["all#1.jpg"] == place.rows(1)["all#1.jpg"]
+
+
+def test_an_image_that_changes_while_it_is_labelled_is_labelled_by_the_next_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        (place.root / "in" / f"{number}.jpg").write_bytes(place.jpeg(number))
+    real = sorting.sort
+
+    def sort(*of: Any) -> Any:
+        (place.root / "in" / "1.jpg").write_bytes(place.jpeg(50))
+        return real(*of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sorting, "sort", sort)
+        assert place.label() == 0
+    assert set(place.rows(1)) == {"#0.jpg", "#2.jpg"}
+    assert place.rows(1, "rejected")["#1.jpg"]["reason"].startswith("changed: ")
+    assert place.manifest(1)["counts"]["new"]["reasons"] == {"changed": 1}
+    assert place.label() == 0
+    assert place.rows(2)["#1.jpg"]["image"]["bytes"] == place.jpeg(50)
+    assert "#1.jpg" not in place.rows(2, "rejected")
+
+
+def test_thresholds_and_reasons_reach_the_tables(place: Place) -> None:
+    place.policy("score_threshold: 0.6\nreview_from: 0.5\nkeep_empty: false\nmax_per_image: 2\n")
+    place.put("a.tar", {f"{n}.jpg": n for n in range(12)})
+    assert place.label() == 0
+    accepted, review_, rejected = (place.rows(1, t) for t in ("accepted", "review", "rejected"))
+    for number in range(12):
+        name = f"a.tar#{number}.jpg"
+        found = found_in(place.jpeg(number))
+        kept = [one["score"] for one in found if one["score"] >= 0.5][:2]
+        fate = accepted if kept and min(kept) >= 0.6 else review_ if kept else rejected
+        row = fate[name]
+        if kept:
+            scores = [one["score"] for one in row["detections"]]
+            assert scores == pytest.approx(kept, abs=1e-6)
+            assert rejected[name]["reason"] is None
+            assert rejected[name]["image"] is None
+        else:
+            assert row["reason"] == "empty"
+        reasons = ["score" if one["score"] < 0.5 else "max_per_image" for one in found[len(kept) :]]
+        assert rejected[name]["reasons"] == reasons
+        assert name not in {*accepted, *review_} - set(fate)
+    assert min(len(accepted), len(review_)) > 0
+    counts = place.manifest(1)["counts"]["new"]
+    assert counts["accepted"] + counts["review"] + counts["rejected"] == 12
