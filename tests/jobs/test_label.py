@@ -461,3 +461,24 @@ def test_thresholds_and_reasons_reach_the_tables(place: Place) -> None:
     assert min(len(accepted), len(review_)) > 0
     counts = place.manifest(1)["counts"]["new"]
     assert counts["accepted"] + counts["review"] + counts["rejected"] == 12
+
+
+def test_a_manifest_with_more_lines_brings_what_they_name(place: Place) -> None:
+    photos = place.root / "photos"
+    photos.mkdir()
+    lines = ["uri"]
+    for number in range(4):
+        (photos / f"{number}.jpg").write_bytes(place.jpeg(number))
+        lines.append(str(photos / f"{number}.jpg"))
+    manifest = place.root / "in" / "list.csv"
+    manifest.write_text("\n".join(lines[:4]))
+    assert place.label() == 0
+    assert len(place.rows(1)) == 3
+    (photos / "0.jpg").write_bytes(place.jpeg(40))
+    # Which of its images changed nobody sees before the manifest does.
+    assert place.label() == 0
+    manifest.write_text("\n".join(lines))
+    assert place.label() == 0
+    assert place.manifest(2)["counts"]["new"]["images"] == 2
+    assert place.manifest(2)["counts"]["new"]["replaced"] == 1
+    assert len(place.rows(2)) == 4
