@@ -1,7 +1,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -34,7 +34,8 @@ def as_arguments(class_: type[Any], values: dict[str, Any]) -> list[str]:
         if field.name not in values:
             continue
         value = values[field.name]
-        words = value if isinstance(value, list) else [str(value)]
+        several = get_type_hints(class_)[field.name] == list[str]
+        words = value if several else [str(value)]
         if field.metadata["positional"]:
             arguments += words
         elif isinstance(value, bool):
@@ -57,7 +58,7 @@ def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
     if field.name in SPECIAL:
         return SPECIAL[field.name]
     hint = get_type_hints(class_)[field.name]
-    if get_origin(hint) is list:
+    if hint == list[str]:
         return ["some text", "more"]
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
     if get_args(kinds[0]):  # the choices of an optional field
