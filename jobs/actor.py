@@ -1,12 +1,14 @@
 """The actor that holds the model: decodes in threads beside the network, hands over small arrays."""
 
+import resource
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 
 from jobs.encode import RAW, raw_row
 from jobs.envelope import Envelope, PredictError, chunk_id_of, failed, seal, unseal
+from jobs.metrics import Metrics
 from jobs.watchdog import Watchdog
 from segmodel.bundle import Bundle
 from segmodel.images import ImageError, decode
@@ -27,6 +30,8 @@ from segmodel.settings import Precision
 DECODED_AHEAD = 2
 # What no image takes that is worth having; on two CPUs, an image of 89 megapixels takes 20 s.
 IMAGE_TIMEOUT_S = 300.0
+# What `ru_maxrss` counts in.
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,7 @@ class Model:
         max_detections: For each image.
         masks: False for boxes only.
         max_pixels: Larger images are refused.
+        output: Of the job: the label of what it tells Prometheus.
     """
 
     bundle: "ray.ObjectRef[Bundle]"
@@ -73,6 +79,7 @@ class Model:
     max_detections: int
     masks: bool
     max_pixels: int
+    output: str = ""
 
 
 class Predict:
@@ -90,11 +97,12 @@ class Predict:
         self.decoders = ThreadPoolExecutor(pool.threads, thread_name_prefix="decode")
         self.watchdog = Watchdog(pool.image_timeout_s)
         self._loading = threading.Lock()
+        self._metrics = Metrics(model.output)
 
     @cached_property
     def _predictor(self) -> Predictor:
         model, pool = self.model, self.pool
-        return Predictor(
+        predictor = Predictor(
             ray.get(model.bundle),
             "cuda" if pool.gpus_per_actor else "cpu",
             model.precision,
@@ -103,6 +111,8 @@ class Predict:
             batch_size=pool.batch_size,
             masks=model.masks,
         )
+        predictor.on_batch = partial(self._metrics.observe, "segjobs_batch_images")
+        return predictor
 
     @property
     def predictor(self) -> Predictor:
@@ -150,6 +160,7 @@ class Predict:
             raise PredictError(
                 f"chunk {sealed.chunk_id}: {type(error).__name__}: {error}"
             ) from error
+        self._tell_memory()
         names = sealed.table.select(["image_id", "shard", "key"]).to_pylist()
         rows = [raw_row(found.get(n), errors.get(n)) | name for n, name in enumerate(names)]
         return seal(
@@ -158,9 +169,22 @@ class Predict:
                 positions=sealed.positions,
                 seconds={**sealed.seconds, "predict": time.perf_counter() - started},
                 retries=sealed.retries,
+                traffic=sealed.traffic,
                 table=pa.Table.from_pylist(rows, schema=RAW),
             )
         )
+
+    def _tell_memory(self) -> None:
+        if not self.pool.gpus_per_actor:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
+            self._metrics.set("segjobs_memory_bytes", peak, device="cpu", kind="peak")
+            return
+        for kind, read in (
+            ("allocated", torch.cuda.memory_allocated),
+            ("reserved", torch.cuda.memory_reserved),
+            ("peak", torch.cuda.max_memory_allocated),
+        ):
+            self._metrics.set("segjobs_memory_bytes", read(), device="cuda", kind=kind)
 
     def _decoded(
         self, images: pa.Table, errors: dict[int, str], progress: Callable[[], None]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jobs.detect import Format
 from jobs.redact import holds_credentials
 from segmodel.images import MAX_PIXELS
-from segmodel.settings import ARCHITECTURES, Architecture, Precision
+from segmodel.settings import ARCHITECTURES, Architecture, MaskTargets, Precision
 
 _ENDPOINT_HELP = (
     "S3-compatible store, for example http://127.0.0.1:9000; AWS_ENDPOINT_URL if left out"
@@ -65,7 +65,18 @@ class PredictConfig:
     limit: int | None = option("plan only the first so many images", None)
     image_column: str | None = option("column of Parquet shards that holds the images", None)
     max_pixels: int = option("refuse larger images, before they are decoded", MAX_PIXELS)
-    plan_only: bool = option("show the plan, write nothing", False)  # noqa: FBT003
+    plan_only: bool = option("show the plan and what it takes, write nothing", False)  # noqa: FBT003
+    calibrate: int | None = option(
+        "with --plan-only: run so many images on one copy of the model, to tell time and GPU hours",
+        None,
+    )
+    images_per_second: float | None = option(
+        "with --plan-only: the rate of one copy of the model, where it is known", None
+    )
+    price_per_gpu_hour: float | None = option("with --plan-only: to tell the cost", None)
+    estimate_output: str | None = option(
+        "with --plan-only: JSON file to write the estimate to, a path or a URI", None
+    )
     frozen_plan: bool = option("go on although the input has changed since it was planned", False)  # noqa: FBT003
     retry_errors: bool = option("do the rows in error again, only them", False)  # noqa: FBT003
     image_timeout: float = option(
@@ -102,9 +113,25 @@ class PredictConfig:
             lambda v: 0 <= v < 1 or (v > 0 and float(v).is_integer()),
             "0, a fraction of 1, or a whole number",
         )
+        _check("calibrate", self.calibrate, lambda v: v >= 1, "1 or more")
+        for name in ("images_per_second", "price_per_gpu_hour"):
+            value = getattr(self, name)
+            _check(name, value, lambda v: 0 < v < math.inf, "a finite number of more than 0")
+        self._refuse_estimates_without_plan()
         if self.min_actors and self.max_actors and self.min_actors > self.max_actors:
             raise ConfigError(
                 f"--min-actors ({self.min_actors}) is more than --max-actors ({self.max_actors})"
+            )
+
+    def _refuse_estimates_without_plan(self) -> None:
+        for name in ("calibrate", "images_per_second", "price_per_gpu_hour", "estimate_output"):
+            if getattr(self, name) is not None and not self.plan_only:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is of --plan-only alone: leave it out"
+                )
+        if self.calibrate is not None and self.images_per_second is not None:
+            raise ConfigError(
+                "--calibrate and --images-per-second exclude one another: measure the rate, or give it"
             )
 
 
@@ -181,8 +208,15 @@ class PackConfig:
 class TrainConfig:
     """Train a model on packed shards, distributed; run again with the same output to go on."""
 
-    train: str = option("packed set to train on (`segjobs pack --annotations`)")
+    train: str | list[str] = option(
+        "what to train on, one or more: packed sets (`segjobs pack`), data sets and versions of `segjobs label`"
+    )
     output: str = option("folder or prefix of checkpoints, curves, and the bundle at the end")
+    train_weights: list[float] | None = option(
+        "the share of each of --train that an epoch has, drawn anew in each: 1 0.5 halves the second; all of "
+        "all if left out",
+        None,
+    )
     val: str | None = option("packed set whose mask AP chooses the best checkpoint", None)
     model: str | None = option("bundle to start from; else random weights of --arch", None)
     arch: Architecture | None = option(
@@ -211,7 +245,8 @@ class TrainConfig:
     clip_norm: float = option("longest gradient; 0 for no limit", 10.0)
     ema_decay: float = option("of the average of the weights; 0 for none", 0.999)
     precision: Precision = option(
-        "auto is bf16 on GPUs, fp32 on CPUs; fp16 is for GPUs that have no bf16", "auto"
+        "auto is bf16 on GPUs and on CPUs that have it (AVX512-BF16), else fp32; fp16 is for GPUs without bf16",
+        "auto",
     )
     norm: Literal["auto", "train", "sync", "frozen"] = option(
         "batch statistics; auto freezes those of --model, else trains them (over all GPUs: sync)",
@@ -219,6 +254,11 @@ class TrainConfig:
     )
     freeze_stages: int = option("stages of the backbone, from the image on, that stay", 0)
     proposals_per_image: int = option("that class, box and mask heads learn from", 512)
+    mask_targets: MaskTargets = option(
+        "what masks learn: torchvision's way, or pasted, which makes up for the half pixel that pasting "
+        "a mask adds at each side, and pays where objects are small",
+        "torchvision",
+    )
     min_size: int | None = option("shorter side of the network's input; else the model's", None)
     max_size: int | None = option("longer side, at most; else the model's", None)
     crop_size: int | None = option("train on square crops of so many pixels", None)
@@ -262,8 +302,25 @@ class TrainConfig:
             _check(name, getattr(self, name), math.isfinite, "a finite number")
         _check("learning_rate", self.learning_rate, lambda v: v > 0, "more than 0")
         _check("freeze_stages", self.freeze_stages, lambda v: 0 <= v <= 5, "from 0 to 5")
+        self._refuse_bad_weights()
         self._refuse_what_does_not_go_together()
         _ = self.worker_range
+
+    @property
+    def train_sets(self) -> list[str]:
+        """What to train on."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    def _refuse_bad_weights(self) -> None:
+        sets, weights = self.train_sets, self.train_weights
+        if weights is None:
+            return
+        if len(weights) != len(sets):
+            raise ConfigError(
+                f"--train-weights has {len(weights)} numbers, and --train {len(sets)} sets: give one for each"
+            )
+        for weight in weights:
+            _check("train_weights", weight, lambda v: 0 < v <= 1, "more than 0 and at most 1")
 
     def _refuse_what_does_not_go_together(self) -> None:
         if not 0 < self.scale_min <= self.scale_max:
@@ -302,6 +359,9 @@ class EvaluateConfig:
 
     predictions: str = option("output of predict, or another folder of Parquet in the one schema")
     annotations: str = option("the truth: a COCO instances JSON, or a packed set")
+    against: str | None = option(
+        "another table, compared with the same truth, to say which of the two is better", None
+    )
     output: str | None = option("folder or prefix for metrics.json and the plots", None)
     subset: bool = option("leave out predictions of images that the truth has not", False)  # noqa: FBT003
     score_threshold: float = option(

@@ -1,7 +1,6 @@
 """What a person sees: tables, progress, numbers with units."""
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -20,9 +19,35 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
-console = Console(highlight=False, soft_wrap=True)
-error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+from jobs import logs
+
+
+class Printer(Console):
+    """A rich console; where logs are JSON, what is printed becomes the message of a line."""
+
+    @override
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, or log."""
+        if not logs.as_json():
+            super().print(*objects, **options)
+            return
+        words = " ".join(map(str, objects))
+        if options.get("markup", True):
+            words = Text.from_markup(words).plain
+        level = "error" if self.stderr else "info"
+        logs.event("message", words, level, self.file)
+
+    @property
+    @override
+    def is_terminal(self) -> bool:
+        """Whether bars can be drawn: not among lines of JSON."""
+        return super().is_terminal and not logs.as_json()
+
+
+console = Printer(highlight=False, soft_wrap=True)
+error_console = Printer(stderr=True, highlight=False, soft_wrap=True)
 
 # Where no person looks (a log file, a cluster's driver), one line a minute is enough.
 LOG_EVERY_S = 60
@@ -30,10 +55,36 @@ LOG_EVERY_S = 60
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print a table of names and values."""
+    rows = list(rows)
+    if logs.as_json():
+        logs.event("facts", title, file=console.file, facts=_by_name(rows))
+        return
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     console.print(table)
+
+
+def _by_name(rows: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return names and values; where a name comes again, as notes do, all of its values."""
+    found: dict[str, Any] = {}
+    for name, value in rows:
+        name = name.strip()
+        found[name] = value if name not in found else [*_as_list(found[name]), value]
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def tell(message: str, event: str = "message", **fields: Any) -> None:
+    """Print a line; where logs are JSON, one with an event's name and `fields`."""
+    if logs.as_json():
+        logs.event(event, message, file=console.file, **fields)
+    else:
+        console.print(message, markup=False)
+        console.file.flush()
 
 
 def size(num_bytes: float) -> str:
@@ -102,9 +153,15 @@ class ImageProgress:
         elif time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
             rate = (self.done - self._first) / (self._logged - self._started)
-            left = duration((self.total - self.done) / rate)
-            console.print(f"{self.done} of {self.total} images, {rate:.1f} images/s, {left} left")
-            sys.stdout.flush()
+            left_s = (self.total - self.done) / rate
+            tell(
+                f"{self.done} of {self.total} images, {rate:.1f} images/s, {duration(left_s)} left",
+                "progress",
+                done=self.done,
+                total=self.total,
+                images_per_second=round(rate, 3),
+                seconds_left=round(left_s),
+            )
 
 
 class TrainingProgress:
@@ -145,18 +202,18 @@ class TrainingProgress:
             self._show_step(point)
         elif "workers" in point:
             number = point["workers"]
-            console.print(f"{number} worker{'s' * (number > 1)} at work, from step {point['step']}")
+            words = f"{number} worker{'s' * (number > 1)} at work, from step {point['step']}"
+            tell(words, "workers", **point)
         elif "notice" in point:
-            console.print(
-                f"A node will be taken away: there is a checkpoint of step {point['step']}"
-            )
+            words = f"A node will be taken away: there is a checkpoint of step {point['step']}"
+            tell(words, "notice", **point)
         elif "box_AP" in point:
             scores = ", ".join(
                 f"{name.replace('_', ' ')} {point[name]:.3f}"
                 for name in ("mask_AP", "mask_AP50", "box_AP", "box_AP50")
                 if name in point
             )
-            console.print(f"epoch {point['epoch']:.1f}: {scores}")
+            tell(f"epoch {point['epoch']:.1f}: {scores}", "evaluation", **point)
 
     def _show_step(self, point: Mapping[str, Any]) -> None:
         parts = ", ".join(
@@ -172,5 +229,4 @@ class TrainingProgress:
             self._bar.update(self._task, completed=point["share"], description=words)
         elif time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
-            console.print(f"{100 * point['share']:.0f} %, {words}")
-            sys.stdout.flush()
+            tell(f"{100 * point['share']:.0f} %, {words}", "progress", **point)

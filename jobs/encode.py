@@ -4,14 +4,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from ray import cloudpickle
 
-from jobs import retries
+from jobs import retries, traffic
 from jobs.envelope import chunk_id_of, pickled, unseal
 from jobs.store import Store
 from jobs.write import Counts, put_chunk, replace_rows
@@ -43,6 +43,7 @@ RECEIPT = pa.schema(
         ("errors", pa.map_(pa.string(), pa.int64())),
         ("seconds", pa.map_(pa.string(), pa.float64())),
         ("retries", pa.map_(pa.string(), pa.int64())),
+        ("traffic", pa.map_(pa.string(), pa.int64())),
         ("failure", pa.binary()),
     ]
 )
@@ -58,6 +59,7 @@ class Receipt:
         counts: What its object holds now.
         seconds: What each stage has spent on it.
         retries: What the store had to be asked for again, by kind.
+        traffic: Bytes that were read from stores and written to them.
     """
 
     chunk_id: str
@@ -65,6 +67,7 @@ class Receipt:
     counts: Counts
     seconds: Mapping[str, float]
     retries: Mapping[str, int]
+    traffic: Mapping[str, int] = field(default_factory=dict)
 
 
 def raw_row(found: Detections | None, error: str | None) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def _encode_and_write(
     )
     encoded = time.perf_counter()
     num_rows = rows.num_rows
-    with retries.counted() as again:
+    with retries.counted() as again, traffic.counted() as moved:
         if sealed.positions is None:
             counts = put_chunk(output, sealed.chunk_id, rows, footer)
         else:
@@ -125,6 +128,7 @@ def _encode_and_write(
         "errors": list(counts.errors.items()),
         "seconds": list(seconds.items()),
         "retries": list((again + Counter(sealed.retries)).items()),
+        "traffic": list((moved + Counter(sealed.traffic)).items()),
     }
     return pa.Table.from_pylist([receipt], schema=RECEIPT)
 
@@ -176,4 +180,5 @@ def receipts(batch: pa.Table) -> Iterator[Receipt]:
             counts=counts,
             seconds=dict(row["seconds"]),
             retries=dict(row["retries"]),
+            traffic=dict(row["traffic"]),
         )

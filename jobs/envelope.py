@@ -22,6 +22,7 @@ ENVELOPE = pa.schema(
         ("positions", pa.list_(pa.int64())),
         ("seconds", pa.map_(pa.string(), pa.float64())),
         ("retries", pa.map_(pa.string(), pa.int64())),
+        ("traffic", pa.map_(pa.string(), pa.int64())),
         ("table", pa.large_binary()),
         ("failure", pa.binary()),
     ]
@@ -41,6 +42,7 @@ class Envelope:
         positions: Rows of the chunk that are here; all of them where None.
         seconds: What each stage has spent on it.
         retries: What the store had to be asked for again, by kind (`jobs.retries`).
+        traffic: Bytes that were read from stores (`jobs.traffic`).
         table: One row for each image.
     """
 
@@ -48,6 +50,7 @@ class Envelope:
     positions: tuple[int, ...] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     retries: Mapping[str, int] = field(default_factory=dict)
+    traffic: Mapping[str, int] = field(default_factory=dict)
     table: pa.Table
 
 
@@ -65,6 +68,7 @@ def seal(envelope: Envelope) -> pa.Table:
         pa.array([positions], pa.list_(pa.int64())),
         pa.array([list(envelope.seconds.items())], ENVELOPE.field("seconds").type),
         pa.array([list(envelope.retries.items())], ENVELOPE.field("retries").type),
+        pa.array([list(envelope.traffic.items())], ENVELOPE.field("traffic").type),
         sealed,
         pa.array([None], pa.binary()),
     ]
@@ -110,6 +114,7 @@ def unseal(block: pa.Table) -> Envelope:
         positions=None if positions is None else tuple(positions),
         seconds=dict(row["seconds"]),
         retries=dict(row["retries"]),
+        traffic=dict(row["traffic"]),
         table=pa.ipc.open_stream(_payload(block["table"])).read_all(),
     )
 

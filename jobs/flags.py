@@ -6,13 +6,16 @@ prints the effective configuration.
 
 import dataclasses
 import difflib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, Field
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import jsonargparse
 
 from jobs.config import ConfigError
+from jobs.logs import VARIABLE, LogFormat
 from jobs.redact import holds_credentials
 
 Config = TypeVar("Config")
@@ -26,6 +29,12 @@ def parser_for(config_class: type[Any]) -> jsonargparse.ArgumentParser:
     parser = Parser(description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="YAML file with the keys below; flags win"
+    )
+    parser.add_argument(
+        "--log-format",
+        type=LogFormat | None,
+        default=None,
+        help=f"json writes one object a line; {VARIABLE}, then text, if left out",
     )
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -47,6 +56,46 @@ def from_namespace(config_class: type[Config], values: jsonargparse.Namespace) -
             "credentials by AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
         )
     return config_class(**given)
+
+
+def gathered(config_class: type[Any], arguments: Sequence[str]) -> list[str]:
+    """Make one argument, a list, of the several values of a flag that takes a list: `--train A B`.
+
+    argparse could, but then a file's `train: A`, one value, would be refused.
+    """
+    hints = get_type_hints(config_class)
+    lists = {
+        "--" + name.replace("_", "-"): list[float] in get_args(hint)
+        for name, hint in hints.items()
+        if {list[str], list[float]} & set(get_args(hint))
+    }
+    result: list[str] = []
+    values: list[str] = []
+    for argument in [*arguments, "--"]:
+        if argument.startswith("--"):
+            if len(values) > 1 or (values and lists[result[-1]]):
+                numbers = lists[result[-1]]
+                values = [f"[{', '.join(v if numbers else json.dumps(v) for v in values)}]"]
+            result += values
+            values = []
+        if result and result[-1] in lists and not argument.startswith("--"):
+            values.append(argument)
+        else:
+            result.append(argument)
+    return result[:-1]
+
+
+def arguments_of(config: Any) -> list[str]:
+    """Return the flags that make a configuration: those that are not as they are by default."""
+    arguments = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value is True:
+            arguments.append(flag)
+        elif value != field.default:
+            arguments += [flag, str(value)]
+    return arguments
 
 
 class Parser(jsonargparse.ArgumentParser):

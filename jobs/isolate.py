@@ -131,4 +131,5 @@ def _chunk(item: Work, isolation: Isolation, turns: Turns) -> Receipt:
         seconds={**supervisor.head["seconds"], "alone": time.perf_counter() - started},
         # The driver's own are counted where they happen.
         retries=supervisor.head["retries"],
+        traffic=supervisor.head["traffic"],
     )

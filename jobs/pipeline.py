@@ -7,7 +7,7 @@ dropped by Ray Data; it is then done image by image (`isolate`), as is one for w
 
 import gc
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,9 @@ from ray.util.annotations import RayDeprecationWarning
 
 from jobs import encode, isolate
 from jobs.actor import Model, Pool, Predict
+from jobs.chunks import Chunk
 from jobs.cluster import log_folder, plain_errors
-from jobs.console import console
+from jobs.console import console, tell
 from jobs.encode import Receipt
 from jobs.envelope import PredictError
 from jobs.pace import slow_down
@@ -163,7 +164,7 @@ def _stream(left: dict[str, Work], raised: list[str], isolation: Isolation) -> I
         Exception: What was raised while a chunk was read or written.
     """
     work = list(left.values())
-    context = _context(_store_bytes(work, isolation.model, isolation.pool))
+    context = _context(store_bytes((item.chunk for item in work), isolation.model, isolation.pool))
     with DataContext.current(context), warnings.catch_warnings():
         # Ray has no other way yet to say how often a task is tried.
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -178,13 +179,14 @@ def _stream(left: dict[str, Work], raised: list[str], isolation: Isolation) -> I
                     yield receipt
             except PredictError as error:
                 # One of its images, most likely.
-                raised.append(batch["chunk_id"][0].as_py())
+                raised.append(chunk_id := batch["chunk_id"][0].as_py())
                 if len(raised) > MOST_FAILED:
                     raise StreakError(
                         f"{len(raised)} chunks could not be predicted, the last one since: {error}. "
                         f"{log_folder()} on the nodes says more"
                     ) from error
-                console.print(f"{error}. Its images are done one by one at the end.", markup=False)
+                words = f"{error}. Its images are done one by one at the end."
+                tell(words, "chunk_failed", chunk_id=chunk_id)
 
 
 def _context(store_bytes: int) -> DataContext:
@@ -246,11 +248,8 @@ def _chain(work: Sequence[Work], isolation: Isolation) -> ray.data.Dataset:
     )
 
 
-def _store_bytes(work: Sequence[Work], model: Model, pool: Pool) -> int:
+def store_bytes(chunks: Iterable[Chunk], model: Model, pool: Pool) -> int:
     """Return what the job may hold in Ray's object store."""
-    sealed = max(
-        item.chunk.num_bytes
-        + item.chunk.num_images * model.max_detections * (MASK_BYTES if model.masks else 64)
-        for item in work
-    )
+    each = model.max_detections * (MASK_BYTES if model.masks else 64)
+    sealed = max((chunk.num_bytes + chunk.num_images * each for chunk in chunks), default=0)
     return max(MIN_STORE_BYTES, sealed * CHUNKS_IN_STORE * pool.max_actors)

@@ -13,18 +13,36 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 
-from jobs import pipeline, plan, retries, tally, tasks, write
+from jobs import (
+    calibrate,
+    logs,
+    pipeline,
+    plan,
+    preview,
+    retries,
+    sizing,
+    tally,
+    tasks,
+    traffic,
+    write,
+)
 from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console, duration, facts, size
 from jobs.detect import look
+from jobs.encode import Receipt
+from jobs.job import described
+from jobs.meter import Meter
+from jobs.metrics import Metrics
 from jobs.plan import Plan
 from jobs.read import Source
+from jobs.sizing import Rates
 from jobs.source import Work
 from jobs.stall import StallWarning
 from jobs.storage import lies_within, open_store
@@ -32,21 +50,22 @@ from jobs.store import Store
 from jobs.weights import load_bundle
 from jobs.write import Counts
 from segmodel.bundle import Bundle
-from segmodel.schema import SCHEMA_VERSION
 
 
 def run(config: PredictConfig) -> int:
     """Plan or go on, predict what is left, finish; return the exit code."""
     retries.forget()
+    traffic.forget()
     output = open_store(config.output, config.endpoint_url)
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
-    job = _job(config, bundle)
-    pool = _lay_out(config, may_grow=connect(config.address))
-    planned = _planned(config, job, output)
+    job = described(config, bundle)
+    may_grow = connect(config.address)
     if config.plan_only:
-        _show_plan(planned, pool, len(planned.chunks), "Plan (nothing was written)")
+        _preview(config, job, output, bundle, may_grow=may_grow)
         return 0
+    pool = _lay_out(config, may_grow=may_grow)
+    planned = _planned(config, job, output, output)
     done = plan.finished_chunks(output).keys()
     work = _left(config, planned, output, done)
     if not work and output.info(write.SUCCESS) is not None:
@@ -86,19 +105,25 @@ def _work_off(
     with (
         ImageProgress(planned.num_images, planned.num_images - todo) as progress,
         StallWarning(config.stall_warning, lambda: todo - images, wanted) as stalled,
+        Meter(Metrics(output.uri), planned.num_images, todo) as meter,
     ):
+        logs.bind(run_id=run_id, output=output.uri)
+        meter.introduce(run_id, bundle.digest)
         if work:
             for receipt in pipeline.run(
                 work,
                 _source(config, planned, output),
                 output,
-                _model(config, planned.job, bundle),
+                _model(config, planned.job, bundle, output),
                 pool,
                 {"model_digest": bundle.digest, "run_id": run_id},
             ):
                 receipts[receipt.chunk_id] = receipt.counts
                 seconds.update(receipt.seconds)
                 retries.add(receipt.retries)
+                traffic.add(receipt.traffic)
+                meter.add(receipt)
+                _log(receipt)
                 images += receipt.rows
                 progress.advance(receipt.rows)
                 stalled.progress()
@@ -117,34 +142,69 @@ def _work_off(
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
         # Of all processes, planning included where this run planned.
         "retries": dict(retries.so_far()),
+        "bytes": dict(traffic.so_far()),
     }
     write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
     _show_summary(counts, output, facts_of_run)
     return counts
 
 
-def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
-    """Return what results depend on: the same job may be resumed, another may not."""
-    threshold, most = config.score_threshold, config.max_detections
-    return {
-        # As the store names it: however it was spelled, and wherever the command was typed.
-        "input": open_store(config.input, config.endpoint_url).uri,
-        "format": config.format,
-        "model_digest": bundle.digest,
-        "score_threshold": bundle.score_threshold if threshold is None else threshold,
-        "max_detections": bundle.max_detections if most is None else most,
-        "precision": config.precision,
-        "tasks": config.tasks,
-        "chunk_size": config.chunk_size,
-        "limit": config.limit,
-        "image_column": config.image_column,
-        "max_pixels": config.max_pixels,
-        "schema_version": SCHEMA_VERSION,
-    }
+def _log(receipt: Receipt) -> None:
+    logs.event(
+        "chunk",
+        f"chunk {receipt.chunk_id} is written",
+        chunk_id=receipt.chunk_id,
+        images=receipt.rows,
+        instances=receipt.counts.detections,
+        errors=dict(receipt.counts.errors),
+        seconds={name: round(value, 3) for name, value in receipt.seconds.items()},
+        retries=dict(receipt.retries),
+        bytes=dict(receipt.traffic),
+    )
 
 
-def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Plan:
-    """Return the plan that lies beside the output, or make and freeze one."""
+def _preview(
+    config: PredictConfig, job: Mapping[str, Any], output: Store, bundle: Bundle, *, may_grow: bool
+) -> None:
+    """Show the plan and what it takes; nothing is written to the output."""
+    pool = _lay_out(config, may_grow=may_grow)
+    with TemporaryDirectory() as folder:
+        # The readers of loose images look into lists that lie beside a plan.
+        lists = open_store(folder) if config.calibrate else None
+        planned = _planned(config, job, output, lists)
+        frozen = plan.load(output) is not None
+        if config.calibrate and planned.format == "manifest" and may_grow and not frozen:
+            raise ConfigError(
+                "--calibrate cannot run images of a manifest on a cluster: give --images-per-second, or calibrate "
+                "on a folder of them"
+            )
+        done = plan.finished_chunks(output).keys() if frozen else ()
+        model = _model(config, planned.job, bundle, output)
+        _show_plan(planned, pool, planned.chunks.num_rows, "Plan (nothing was written)")
+        rates = None
+        if config.images_per_second is not None:
+            given = f"{config.images_per_second:g} images/s of one actor, as given"
+            rates = Rates(images_per_second=config.images_per_second, source=given)
+        elif config.calibrate is not None:
+            source = _source(config, planned, output if frozen or lists is None else lists)
+            rates = calibrate.rates(planned, config.calibrate, source, model, pool)
+    found = sizing.estimate(
+        preview.work_of(planned, done, model, pool), rates, config.price_per_gpu_hour
+    )
+    preview.show(found, config.estimate_output, config.endpoint_url)
+
+
+def _planned(
+    config: PredictConfig, job: Mapping[str, Any], output: Store, beside: Store | None
+) -> Plan:
+    """Return the plan that lies beside the output, or make one, and freeze it unless it is for show.
+
+    Args:
+        config: Of the verb.
+        job: What results depend on.
+        output: Of the job.
+        beside: Where the lists go that a plan has; nowhere where None.
+    """
     frozen = plan.load(output)
     if frozen is not None:
         plan.refuse_other_job(frozen, job, output)
@@ -166,7 +226,7 @@ def _planned(config: PredictConfig, job: Mapping[str, Any], output: Store) -> Pl
         image_column=config.image_column,
         endpoint_url=config.endpoint_url,
     )
-    made = plan.make(found, job, cut, None if config.plan_only else output)
+    made = plan.make(found, job, cut, beside)
     return made if config.plan_only else plan.freeze(output, made)
 
 
@@ -249,7 +309,7 @@ def _source(config: PredictConfig, planned: Plan, output: Store) -> Source:
     )
 
 
-def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle) -> Model:
+def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle, output: Store) -> Model:
     return Model(
         bundle=ray.put(bundle),
         categories=bundle.by_label(),
@@ -258,6 +318,7 @@ def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle) -> Mod
         max_detections=job["max_detections"],
         masks=config.tasks == "masks",
         max_pixels=config.max_pixels,
+        output=output.uri,
     )
 
 

@@ -21,7 +21,7 @@ import botocore.config
 import botocore.exceptions
 from typing_extensions import override
 
-from jobs import retries, s3_errors
+from jobs import retries, s3_errors, traffic
 from jobs.redact import without_secrets
 from jobs.store import ChangedError, DamagedError, ObjectInfo, StorageError, Store
 
@@ -126,6 +126,7 @@ class S3Store(Store):
             return data
 
         data: bytes = self._ask(path, "get_object", wanted, whole_body)
+        traffic.note("read", len(data))
         if span is not None and len(data) != span[1] - span[0]:
             raise self.changed(path)
         return data
@@ -218,12 +219,15 @@ class S3Store(Store):
         """
         for number in itertools.count():
             try:
-                return use(getattr(self._client, call)(**wanted))
+                done = use(getattr(self._client, call)(**wanted))
             except s3_errors.FAILURES as error:
                 kind = s3_errors.passing(error)
                 if number + 1 >= self.patience.attempts_for(kind):
                     # Not from the error: its text may repeat a token, and Ray logs the chain.
                     raise self._plain(path, error) from None
+            else:
+                traffic.note("written", len(wanted.get("Body", b"")))
+                return done
             retries.note(kind)
             time.sleep(self.patience.wait_s(number))
         raise AssertionError

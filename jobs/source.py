@@ -11,7 +11,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from typing_extensions import override
 
-from jobs import retries
+from jobs import retries, traffic
 from jobs.chunks import Chunk
 from jobs.envelope import ENVELOPE, Envelope, failed, seal
 from jobs.read import Source, read_chunk
@@ -79,7 +79,7 @@ def read_sealed(item: Work, source: Source) -> pa.Table:
     if item.positions is not None:
         # A retry takes loose images as they are now: putting a better one there is what it is for.
         source = replace(source, check_loose=False)
-    with retries.counted() as again:
+    with retries.counted() as again, traffic.counted() as moved:
         table = read_chunk(chunk, source)
     if item.positions is not None:
         table = table.take(list(item.positions))
@@ -90,6 +90,7 @@ def read_sealed(item: Work, source: Source) -> pa.Table:
             positions=item.positions,
             seconds=seconds,
             retries=again,
+            traffic=moved,
             table=table,
         )
     )

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from typing_extensions import override
 
+from jobs import traffic
 from jobs.redact import holds_credentials, without_secrets
 from jobs.s3 import S3Store
 from jobs.store import ObjectInfo, StorageError, Store
@@ -64,16 +65,17 @@ class ArrowStore(Store):
                 raise self.changed(path)
         try:
             with self.filesystem.open_input_file(self._full(path)) as file:
-                if span is None:
-                    return bytes(file.readall())
-                data = bytes(file.read_at(span[1] - span[0], span[0]))
+                data = bytes(
+                    file.readall() if span is None else file.read_at(span[1] - span[0], span[0])
+                )
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.url(path)} does not exist") from None
         except (OSError, pa.ArrowInvalid) as error:
             if _is_no_file(error):
                 raise FileNotFoundError(f"{self.url(path)!r} is no file: {error}") from None
             raise StorageError(f"{self.url(path)} cannot be read: {error}") from error
-        if len(data) != span[1] - span[0]:
+        traffic.note("read", len(data))
+        if span is not None and len(data) != span[1] - span[0]:
             raise self.changed(path)
         return data
 
@@ -90,8 +92,7 @@ class ArrowStore(Store):
         if self.filesystem.type_name in ("gcs", "abfs"):
             # Object stores: the object appears whole when the stream is closed.
             with self.filesystem.open_output_stream(self._full(path)) as stream:
-                for part in parts:
-                    stream.write(part)
+                _write(stream, parts)
         else:
             self.filesystem.move(self._put_aside(path, parts), self._full(path))
 
@@ -143,8 +144,7 @@ class ArrowStore(Store):
         aside = f"{folder}{slash}.{name}.{uuid.uuid4().hex}"
         try:
             with self.filesystem.open_output_stream(aside) as stream:
-                for part in parts:
-                    stream.write(part)
+                _write(stream, parts)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.filesystem.delete_file(aside)
@@ -155,6 +155,12 @@ class ArrowStore(Store):
                 ) from error
             raise
         return aside
+
+
+def _write(stream: pa.NativeFile, parts: Iterable[bytes]) -> None:
+    for part in parts:
+        stream.write(part)
+        traffic.note("written", len(part))
 
 
 def _is_no_file(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError
-from jobs.flags import from_namespace, parser_for
+from jobs.flags import from_namespace, gathered, parser_for
 from jobs.redact import holds_credentials
 from jobs.storage import open_store
 
@@ -37,6 +37,8 @@ PLACES = (
         "truth",
         "weights",
         "reviewed",
+        "estimate_output",
+        "against",
     ),
     *FILES[1:],
 )
@@ -76,7 +78,7 @@ def prepare(command: Sequence[str], verbs: Mapping[str, type[Any]]) -> Submissio
         raise ConfigError(f"{verb!r} is nothing to submit{why}. What is: {names}")
     parser = parser_for(verbs[verb])
     parser.prog = f"segjobs {verb}"
-    config = from_namespace(verbs[verb], parser.parse_args(flags))
+    config = from_namespace(verbs[verb], parser.parse_args(gathered(verbs[verb], flags)))
     if getattr(config, "address", None) is not None:
         raise ConfigError(
             "--address within the command names another cluster: give it before the --, as submit's own"

@@ -126,6 +126,7 @@ def _read_parts(item: Work, source: Source) -> tuple[dict[str, Any], pa.Table]:
         "readable": [n for n, error in enumerate(sealed.table["error"]) if not error.is_valid],
         "seconds": sealed.seconds,
         "retries": sealed.retries,
+        "traffic": sealed.traffic,
     }
     return head, block
 

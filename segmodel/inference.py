@@ -82,6 +82,8 @@ class Predictor:
         self.batch_size = batch_size
         self.settings = bundle.settings
         self.autocast_dtype = _AUTOCAST[precision]
+        # Called with the number of images in each batch that came through the network.
+        self.on_batch: Callable[[int], None] | None = None
         self._lock = threading.Lock()
         # Images of a padded size that fit the device together, where they are fewer than a batch.
         self._fitting: dict[tuple[int, int], int] = {}
@@ -168,9 +170,13 @@ class Predictor:
     def _try_batch(self, images: list[Image]) -> list[Detections] | None:
         """Run the network; return None where the device has no memory for it."""
         try:
-            return self._predict_batch(images)
+            found = self._predict_batch(images)
         except torch.OutOfMemoryError:
             pass
+        else:
+            if self.on_batch is not None:
+                self.on_batch(len(images))
+            return found
         # Only here is the traceback gone that held the batch.
         torch.cuda.empty_cache()
         return None

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+# What a mask is trained to be: in torchvision's way, what lies in its box; or what pasting shows best. It
+# takes the box from the pixel where it begins to the pixel where it ends, both included, and so spreads a
+# mask over half a pixel more at each side, on average: see `losses._spread`.
+MaskTargets = Literal["torchvision", "pasted"]
 Norm = Literal["batch", "frozen"]
 Architecture = Literal["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "small"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)

@@ -1,11 +1,19 @@
 """`make bench`: measure, append the rows to `results.csv` and print them. Name parts to run only those.
 
-python -m tests.bench [masks] [cost] [memory] [training] [gpu] [bookkeeping]
+python -m tests.bench [masks] [cost] [memory] [training] [gpu] [bookkeeping] [sizing]
 """
 
 import sys
 
-from tests.bench import bench_bookkeeping, bench_gpu, bench_job, bench_masks, bench_train, results
+from tests.bench import (
+    bench_bookkeeping,
+    bench_gpu,
+    bench_job,
+    bench_masks,
+    bench_sizing,
+    bench_train,
+    results,
+)
 
 
 def _masks() -> None:
@@ -31,6 +39,7 @@ PARTS = {
     "training": bench_train.training,
     "gpu": bench_gpu.gpu,
     "bookkeeping": bench_bookkeeping.bookkeeping,
+    "sizing": bench_sizing.sizing,
 }
 
 if __name__ == "__main__":

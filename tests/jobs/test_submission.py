@@ -98,6 +98,13 @@ def test_a_relative_place_in_a_file_is_refused_too(tmp_path: Path) -> None:
         prepared(*PREDICT, "--config", str(file))
 
 
+def test_several_values_of_a_flag_travel_as_they_were_typed() -> None:
+    typed = ["train", "--train", "s3://bb/a", "s3://bb/c", "--output", "s3://bb/out"]
+    assert prepare(typed, VERBS).arguments == tuple(typed)
+    with pytest.raises(ConfigError, match="--train here is a path"):
+        prepare([*typed[:3], "here", *typed[4:]], VERBS)
+
+
 def test_wrong_flags_end_as_the_verb_does(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["submit", "--", *PREDICT, "--output", "s3://bb/t", "--chunk-sise", "3"])
