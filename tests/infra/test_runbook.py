@@ -37,9 +37,16 @@ PROGRAMS = {
 
 def test_every_block_says_what_shows_that_it_works() -> None:
     assert len(BLOCKS) > 12
-    assert {block.shown_by for block in BLOCKS} == {"test", "cli", "cloud", "head"}
+    assert {block.shown_by for block in BLOCKS} == {"test", "cli", "cloud", "head", "cron"}
     shown = {block.heading for block in BLOCKS if block.shown_by in ("test", "cli")}
-    assert {"Submit", "Watch", "Stop, and go on", "Retry errors", "Upgrade the model"} <= shown
+    assert {
+        "Submit",
+        "Watch",
+        "Stop, and go on",
+        "Retry errors",
+        "Upgrade the model",
+        "Roll back a label version",
+    } <= shown
 
 
 @pytest.mark.parametrize(

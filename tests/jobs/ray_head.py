@@ -1,5 +1,6 @@
 """Heads of Ray with their dashboard, in processes of their own, as `ray start --head` makes them."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ from typing import Self
 
 import psutil
 import requests
+
+from jobs import cluster
 
 DEADLINE_S = 180
 # As the runbook has it; tests add ports and folders of their own.
@@ -57,6 +60,7 @@ class Head:
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", *COMMAND[1:], "--block"),
             *("--num-gpus", "0", "--object-store-memory", str(STORE_BYTES)),
+            *("--system-config", json.dumps(cluster.LOCAL["_system_config"])),
             *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1"),
             *("--temp-dir", str(self.folder), "--min-worker-port", "0", "--max-worker-port", "0"),
             *(part for name, port in self.ports.items() for part in (f"--{name}", str(port))),

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 DEADLINE_S = 400
 SCENES, CHUNK_SIZE = 40, 2
-SETTINGS = f"chunk_size: {CHUNK_SIZE}\nmax_actors: 1\nmax_detections: 4\nfail_on_error: true\n"
+SETTINGS = f"tasks: boxes\nchunk_size: {CHUNK_SIZE}\nmax_actors: 1\nmax_detections: 4\nfail_on_error: true\n"
 TOKEN = "a-token-that-is-long-enough-for-a-test"
 SECRET = "planted-secret-of-this-test"
 AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
