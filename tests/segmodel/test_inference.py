@@ -480,8 +480,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(
     assert tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     assert all(len(one) == len(found[0]) > 0 for one in found)
     tried.clear()
+    through: list[int] = []
+    predictor.on_batch = through.append
     predictor.predict([image(64, 64) for _ in range(5)])
-    assert tried == [2, 2, 1]
+    assert through == tried == [2, 2, 1]
 
 
 def test_another_shape_keeps_its_batch_size(
