@@ -21,7 +21,7 @@ from segmodel.bundle import Bundle
 from segmodel.images import ImageError, decode
 from segmodel.inference import Image, Predictor
 from segmodel.schema import Category, Detections
-from segmodel.settings import Precision
+from segmodel.settings import InferencePrecision
 
 # Decoded images that wait for the network, for each decoding thread.
 DECODED_AHEAD = 2
@@ -68,7 +68,7 @@ class Model:
 
     bundle: "ray.ObjectRef[Bundle]"
     categories: Mapping[int, Category]
-    precision: Precision
+    precision: InferencePrecision
     score_threshold: float
     max_detections: int
     masks: bool

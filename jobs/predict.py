@@ -33,6 +33,7 @@ from jobs.weights import load_bundle
 from jobs.write import Counts
 from segmodel.bundle import Bundle
 from segmodel.schema import SCHEMA_VERSION
+from segmodel.settings import resolved
 
 
 def run(config: PredictConfig) -> int:
@@ -41,8 +42,8 @@ def run(config: PredictConfig) -> int:
     output = open_store(config.output, config.endpoint_url)
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
-    job = _job(config, bundle)
     pool = _lay_out(config, may_grow=connect(config.address))
+    job = _job(config, bundle, pool, plan.load(output))
     planned = _planned(config, job, output)
     if config.plan_only:
         _show_plan(planned, pool, len(planned.chunks), "Plan (nothing was written)")
@@ -123,8 +124,12 @@ def _work_off(
     return counts
 
 
-def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
+def _job(config: PredictConfig, bundle: Bundle, pool: Pool, frozen: Plan | None) -> dict[str, Any]:
     """Return what results depend on: the same job may be resumed, another may not."""
+    precision = resolved(config.precision, "cuda" if pool.gpus_per_actor else "cpu")
+    if config.precision == "auto" and frozen is not None:
+        # What it was at first: a job that goes on elsewhere keeps to it.
+        precision = frozen.job["precision"]
     threshold, most = config.score_threshold, config.max_detections
     return {
         # As the store names it: however it was spelled, and wherever the command was typed.
@@ -133,7 +138,7 @@ def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
         "model_digest": bundle.digest,
         "score_threshold": bundle.score_threshold if threshold is None else threshold,
         "max_detections": bundle.max_detections if most is None else most,
-        "precision": config.precision,
+        "precision": precision,
         "tasks": config.tasks,
         "chunk_size": config.chunk_size,
         "limit": config.limit,
@@ -253,7 +258,7 @@ def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle) -> Mod
     return Model(
         bundle=ray.put(bundle),
         categories=bundle.by_label(),
-        precision=config.precision,
+        precision=job["precision"],
         score_threshold=job["score_threshold"],
         max_detections=job["max_detections"],
         masks=config.tasks == "masks",
