@@ -1,11 +1,21 @@
 """`make bench`: measure, append the rows to `results.csv` and print them. Name parts to run only those.
 
-python -m tests.bench [masks] [cost] [memory] [training] [gpu] [bookkeeping]
+python -m tests.bench [masks] [cost] [memory] [training] [gpu] [stages] [whole] [precision] [bookkeeping]
 """
 
 import sys
 
-from tests.bench import bench_bookkeeping, bench_gpu, bench_job, bench_masks, bench_train, results
+from tests.bench import (
+    bench_bookkeeping,
+    bench_gpu,
+    bench_job,
+    bench_masks,
+    bench_precision,
+    bench_stages,
+    bench_train,
+    bench_whole,
+    results,
+)
 
 
 def _masks() -> None:
@@ -30,6 +40,9 @@ PARTS = {
     "memory": bench_job.memory,
     "training": bench_train.training,
     "gpu": bench_gpu.gpu,
+    "stages": bench_stages.stages,
+    "whole": bench_whole.whole,
+    "precision": bench_precision.precision,
     "bookkeeping": bench_bookkeeping.bookkeeping,
 }
 
