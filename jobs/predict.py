@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from jobs import pipeline, plan, retries, tally, tasks, write
+from jobs import pipeline, plan, retries, stages, tally, tasks, write
 from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
@@ -79,6 +79,7 @@ def _work_off(
     run_id, started = uuid.uuid4().hex, time.time()
     receipts: dict[str, Counts] = {}
     seconds: Counter[str] = Counter()
+    busy = stages.Stages(_places(pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
     images = 0
     todo = sum(len(w.positions) if w.positions else w.chunk.num_images for w in work)
     wanted = {
@@ -99,6 +100,7 @@ def _work_off(
             ):
                 receipts[receipt.chunk_id] = receipt.counts
                 seconds.update(receipt.seconds)
+                busy.add(receipt.seconds)
                 retries.add(receipt.retries)
                 images += receipt.rows
                 progress.advance(receipt.rows)
@@ -116,6 +118,7 @@ def _work_off(
         "seconds": round(took, 2),
         "images_per_second": round(images / took, 3),
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "busy": {name: round(share, 3) for name, share in busy.shares().items()},
         # Of all processes, planning included where this run planned.
         "retries": dict(retries.so_far()),
     }
@@ -245,6 +248,18 @@ def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
     )
 
 
+def _places(pool: Pool) -> dict[str, float]:
+    """Return how many chunks, or images, each stage can have in work at once."""
+    cpus, _ = resources()
+    return {
+        "read": cpus,
+        "decode": pool.max_actors * pool.threads,
+        "network": pool.max_actors,
+        "encode": cpus,
+        "write": cpus,
+    }
+
+
 def _source(config: PredictConfig, planned: Plan, output: Store) -> Source:
     return Source(
         store=open_store(planned.folder, config.endpoint_url),
@@ -313,6 +328,8 @@ def _show_summary(counts: Counts, output: Store, of_run: Mapping[str, Any]) -> N
             ("this run", f"{of_run['images']} images in {duration(of_run['seconds'])}"),
             ("throughput", f"{of_run['images_per_second']:.2f} images/s"),
         ]
+    if busy := of_run.get("busy"):
+        rows.append(("busy", stages.in_words(busy)))
     if again := of_run.get("retries"):
         rows.append(("asked again", f"the store, after trouble ({retries.in_words(again)})"))
     if counts.failed:

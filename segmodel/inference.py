@@ -1,6 +1,7 @@
 """Images to boxes, scores and small mask probabilities. Full-size masks are made nowhere here."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -37,6 +38,12 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+class _Busy(threading.local):
+    """Seconds that the calling thread has spent in the network."""
+
+    seconds = 0.0
 
 
 class Predictor:
@@ -90,6 +97,7 @@ class Predictor:
         self.batch_size = batch_size
         self.settings = bundle.settings
         self.masks = masks
+        self.busy = _Busy()
         self._lock = threading.Lock()
         # Images of a padded size that fit the device together, where they are fewer than a batch.
         self._fitting: dict[tuple[int, int], int] = {}
@@ -199,15 +207,18 @@ class Predictor:
     def _predict_batch(self, images: list[Image]) -> list[Detections]:
         """Run the network on images of one padded size."""
         with self._lock, torch.inference_mode():
+            started = time.perf_counter()
             batch = self._to_batch(images)
             features = self.model.backbone(batch.tensors.to(_DTYPES[self.precision]))
             features = {name: feature.float() for name, feature in features.items()}
             proposals, _ = self.model.rpn(batch, features)
             found = self._detect(features, proposals, batch.image_sizes)
-            return [
+            detections = [
                 _to_detections(one, image.shape[:2], size_hw)
                 for one, image, size_hw in zip(found, images, batch.image_sizes, strict=True)
             ]
+            self.busy.seconds += time.perf_counter() - started
+            return detections
 
     def _detect(
         self,

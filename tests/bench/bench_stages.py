@@ -26,7 +26,7 @@ from tests.bench import bench_masks, results
 from tests.bench.bench_job import row
 from tests.bench.bench_whole import SIZES, lively
 
-REPEATS = 5
+REPEATS = 3
 PHOTOS = {"640x480": (480, 640), "12 megapixels": (3000, 4000)}
 
 
