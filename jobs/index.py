@@ -293,6 +293,9 @@ def find_image_column(schema: pa.Schema, asked: str | None) -> str:
         ParquetInputError: There is none, or several.
     """
     candidates = [field.name for field in schema if holds_images(field.type)]
+    twice = sorted({name for name in candidates if schema.names.count(name) > 1})
+    if twice:
+        raise ParquetInputError(f"several columns have the name {twice[0]!r}: rename all but one")
     if asked is not None:
         if asked not in candidates:
             raise ParquetInputError(

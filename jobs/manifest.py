@@ -32,6 +32,11 @@ def read_uris(store: Store, info: ObjectInfo) -> Iterator[str]:
         if not given or not isinstance(given, str):
             raise InputError(f"row {number} of {store.url(info.path)} has no uri")
         uri = _whole(given, store, info.path)
+        if not _is_text(uri):
+            raise InputError(
+                f"row {number} of {store.url(info.path)} has half a character in its uri, which no "
+                "table can hold: rename the image"
+            )
         if holds_credentials(uri):
             raise InputError(
                 f"row {number} of {store.url(info.path)} has a password or a signature in its uri, which "
@@ -66,12 +71,21 @@ def _column(store: Store, info: ObjectInfo) -> Iterator[str | None]:
                     if line.strip():
                         row = json.loads(line)
                         yield row.get("uri") if isinstance(row, dict) else None
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
         if isinstance(error, StorageError | FileNotFoundError):
             raise
         raise InputError(
             f"{url} cannot be read as a manifest: {error}. It needs a column `uri`."
         ) from error
+
+
+def _is_text(uri: str) -> bool:
+    """Say whether it can be written: JSON may escape one half of a surrogate pair."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv_column(file: io.RawIOBase) -> Iterator[str | None]:

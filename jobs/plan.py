@@ -100,10 +100,14 @@ class _Indexed:
     Attributes:
         chunks: Table of `chunks.CHUNKS`, without ids yet: millions of `Chunk` would take gigabytes.
         id_digests: 64 bits of each image id of shards in the one schema.
+        misfit: What one of them says that has no images as they are wanted, and a verdict for that.
+        num_misfits: How many have.
     """
 
     chunks: pa.Table
     id_digests: UInt64
+    misfit: str = ""
+    num_misfits: int = 0
 
 
 def make(found: Input, job: Mapping[str, Any], cut: Cut, output: Store | None) -> Plan:
@@ -297,13 +301,30 @@ def _index(found: Input, cut: Cut, folder: str, output: Store | None) -> Iterato
     else:
         calls = ((found.store, some, found.format, cut) for some in _groups(found.objects))
         deadly = Deadly(found, _index_shards, _verdict)
-        yield from chain.from_iterable(in_order(_index_shards, calls, deadly.one_by_one))
+        indexed = chain.from_iterable(in_order(_index_shards, calls, deadly.one_by_one))
+        yield from _refuse_if_none_fits(indexed)
         deadly.refuse_if_all()
+
+
+def _refuse_if_none_fits(indexed: Iterator[_Indexed]) -> Iterator[_Indexed]:
+    """Pass on what is in shards.
+
+    Raises:
+        ParquetInputError: All of them lack what was asked for: one alone would be a row in error.
+    """
+    misfit, num_fit = "", 0
+    for part in indexed:
+        misfit = misfit or part.misfit
+        num_fit += part.chunks.num_rows - part.num_misfits
+        yield part
+    if misfit and not num_fit:
+        raise index.ParquetInputError(misfit)
 
 
 def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[_Indexed]:
     planned: list[Chunk] = []
     digests: list[int] = []
+    misfits: list[str] = []
     for info in objects_of(objects):
         try:
             if format_ == "webdataset":
@@ -313,9 +334,14 @@ def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> li
                 # What was read a moment ago and is damaged now has its rows all the same.
                 with contextlib.suppress(DamagedError):
                     digests += index.own_id_digests(store, info)
+        except index.ParquetInputError as error:
+            misfits.append(str(error))
+            planned.append(index.verdict(info, "", f"shard: {error}", start=0))
         except DamagedError as error:
             planned.append(index.verdict(info, "", f"shard: {error}", start=0))
-    return [_Indexed(chunks_.to_table(planned), np.array(digests, np.uint64))]
+    misfit = misfits[0] if misfits else ""
+    table = chunks_.to_table(planned)
+    return [_Indexed(table, np.array(digests, np.uint64), misfit, len(misfits))]
 
 
 def _verdict(info: ObjectInfo, why: str) -> _Indexed:

@@ -310,8 +310,10 @@ def _read_uris(chunk: Chunk, source: Source) -> list[Row]:
     def row(info: ObjectInfo) -> Row:
         try:
             store, name = open_uri(info.path, source.endpoint_url)
-        except ValueError as error:
-            return Row(chunk.shard, info.path, None, f"missing: {error}")
+        except (ValueError, OSError) as error:
+            if isinstance(error, StorageError):
+                raise
+            return Row(chunk.shard, info.path, None, f"missing: {_line(error)}")
         return Row(chunk.shard, info.path, *_fetch(store, ObjectInfo(name, info.size, info.etag)))
 
     return _in_threads(row, _listed(chunk, source))

@@ -31,6 +31,10 @@ COPY_BYTES = 8 * 2**20
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:_-]+")
 
 
+class PipeError(Exception):
+    """What lies at a path is a pipe or a device."""
+
+
 class ArrowStore(Store):
     """Local folders, and every scheme of `pyarrow.fs` but `s3`.
 
@@ -48,9 +52,23 @@ class ArrowStore(Store):
         except NotADirectoryError:
             return
         root = self.root.strip("/")
-        for info in sorted(found, key=lambda info: info.path):
+        for info in sorted(found, key=self._path_of):
             path = info.path.lstrip("/").removeprefix(root).lstrip("/")
             yield _object_info(path, info)
+
+    def _refuse_pipe(self, path: str) -> None:
+        """Opening one may wait for ever."""
+        if self.filesystem.get_file_info(self._full(path)).type is pafs.FileType.Unknown:
+            raise PipeError(path)
+
+    def _path_of(self, info: pafs.FileInfo) -> str:
+        try:
+            return str(info.path)
+        except UnicodeDecodeError as error:
+            raise StorageError(
+                f"{self.uri} has a file whose name is no UTF-8, {error.object!r}, which no table can hold: "
+                "rename it"
+            ) from None
 
     @override
     def info(self, path: str) -> ObjectInfo | None:
@@ -64,10 +82,13 @@ class ArrowStore(Store):
             if now is not None and now.etag != etag:
                 raise self.changed(path)
         try:
+            self._refuse_pipe(path)
             with self.filesystem.open_input_file(self._full(path)) as file:
                 data = bytes(
                     file.readall() if span is None else file.read_at(span[1] - span[0], span[0])
                 )
+        except PipeError:
+            raise FileNotFoundError(f"{self.url(path)} is a pipe or a device, no file") from None
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{self.url(path)} does not exist") from None
         except (OSError, pa.ArrowInvalid) as error:
@@ -240,8 +261,13 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 def lies_within(uri: str, place: str, endpoint_url: str | None = None) -> bool:
     """Say whether `uri` names `place` or something below it, however the two are spelled."""
-    inner, outer = (open_store(one, endpoint_url).uri.rstrip("/") + "/" for one in (uri, place))
+    inner, outer = (_true_place(open_store(one, endpoint_url).uri) for one in (uri, place))
     return inner.startswith(outer)
+
+
+def _true_place(uri: str) -> str:
+    """Return a folder's URI with a slash; of a local one what links and `..` lead to."""
+    return (str(Path(uri).resolve()) if uri.startswith("/") else uri).rstrip("/") + "/"
 
 
 def open_uri(uri: str, endpoint_url: str | None = None) -> tuple[Store, str]:

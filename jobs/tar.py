@@ -28,7 +28,16 @@ _EXTENSIONS = frozenset(
     }
 )
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+# PAX records of a global header that would give all members behind it a size that is not theirs.
+_SIZE_RECORDS = frozenset({"size", "GNU.sparse.size", "GNU.sparse.realsize"})
+
+# Those without a decoder here too: a row that says so is better than none.
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
+        *(".avif", ".heic", ".heif", ".jp2", ".jxl"),
+    }
+)
 
 
 class DamagedTarError(ValueError):
@@ -88,7 +97,10 @@ def members(file: BinaryIO, *, until_end: bool) -> Iterator[Member]:
                 )
             # A TarFile remembers every member that it has seen; a shard may hold 100,000.
             archive.members.clear()  # type: ignore[attr-defined]
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+    # IndexError: `tarfile` looks into the block of a sparse member's map, which may be cut off.
+    except (
+        *(tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, IndexError),
+    ) as error:
         problem = _compression(file, start) or f"the tar is damaged: {error}"
         raise DamagedTarError(problem) from error
     if until_end:
@@ -99,14 +111,20 @@ class _Header(tarfile.TarInfo):
     """A header; `tarfile` reads what long names and PAX records say they are long at once."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size < 0:
+            # `tarfile` would step back, or read all that follows.
+            raise tarfile.ReadError(f"{_text(self.name)} has a negative size")
         if self.type in _EXTENSIONS and self.size > MAX_EXTENSION_BYTES:
             raise tarfile.ReadError(f"an extension header has {self.size} bytes")
-        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
+        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        if _SIZE_RECORDS & archive.pax_headers.keys():
+            raise tarfile.ReadError("a global header gives all members a size")
+        return found
 
 
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     info = archive.next()
-    if info is not None and info.size < 0:
+    if info is not None and (info.size < 0 or archive.offset <= info.offset):
         # `tarfile` would step back, and read the same header for ever.
         raise tarfile.ReadError(f"{_text(info.name)} has a negative size")
     return info

@@ -114,6 +114,13 @@ def test_credentials_in_a_uri_are_refused_unseen(store: Store, uri: str) -> None
     assert "hunter2" not in str(caught.value)
 
 
+def test_what_no_table_can_hold_is_named_with_its_row(store: Store) -> None:
+    with pytest.raises(InputError, match=r"row 1 of .* has half a character"):
+        uris(store, "a.jsonl", b'{"uri": "a.jpg"}\n{"uri": "\\ud800.jpg"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl cannot be read as a manifest"):
+        uris(store, "a.jsonl", b"[" * 100_000 + b"\n")
+
+
 def test_two_names_of_one_image_are_a_repeat(store: Store) -> None:
     data = f"uri\na.jpg\n{store.uri}/a.jpg\n".encode()
     with pytest.raises(InputError, match=r"1 images more than once \(rows \[0, 1\]"):

@@ -252,14 +252,24 @@ def parquet(**columns: Any) -> bytes:
 def test_what_a_task_says_reaches_the_user_as_it_was_said(
     ray_local: None, source: Store, local: Store
 ) -> None:
-    source.put("a.parquet", parquet(image=[b"1"]))
     source.put("b.parquet", parquet(caption=["no image"]))
+    source.put("c.parquet", parquet(caption=["none either"]))
     with pytest.raises(ParquetInputError) as caught:
         make(source, local)
     assert str(caught.value) == (
         f"{source.url('b.parquet')}: the columns that may hold encoded images are none: "
         "name one by --image-column"
     )
+    source.put("a.parquet", parquet(image=[b"1", b"2"]))
+    made = make(source, local)
+    planned = chunks.from_table(made.chunks)
+    assert [(c.shard, c.num_images) for c in planned] == [
+        *(("a.parquet", 2), ("b.parquet", 1), ("c.parquet", 1))
+    ]
+    where = Source(store=source, lists=local, endpoint_url=None, image_column=None)
+    (row,) = read_chunk(planned[1], where).to_pylist()
+    assert row["error"].startswith("shard: ")
+    assert "hold encoded images are none" in row["error"]
 
 
 @pytest.mark.ray

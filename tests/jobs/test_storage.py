@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from jobs import s3 as s3_module
 from jobs.s3 import Patience, S3Store
-from jobs.storage import ArrowStore, open_store, open_uri, split_uri
+from jobs.storage import ArrowStore, lies_within, open_store, open_uri, split_uri
 from jobs.store import ChangedError, ObjectInfo, StorageError, Store, WindowedFile
 
 STRANGE_NAMES = [
@@ -691,3 +691,23 @@ def test_a_buffered_reader_stands_on_it(bucket: Any) -> None:
     file = store.open(store.info("a"), 4)
     with contextlib.closing(io.TextIOWrapper(io.BufferedReader(file))) as lines:
         assert list(lines) == ["one\n", "two\n", "three"]
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg"))).write_bytes(b"1")
+    with pytest.raises(StorageError, match=r"whose name is no UTF-8, .*xff\.jpg"):
+        list(open_store(str(tmp_path)).list_objects())
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(FileNotFoundError, match="is a pipe or a device"):
+        open_store(str(tmp_path)).read("pipe.jpg")
+
+
+def test_within_is_said_through_links_too(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for spelled in ("in/out", "link/out", "other/../in/out"):
+        assert lies_within(str(tmp_path / spelled), str(tmp_path / "in")), spelled
+    assert not lies_within(str(tmp_path / "inside"), str(tmp_path / "in"))

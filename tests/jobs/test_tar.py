@@ -225,15 +225,52 @@ def test_no_damage_breaks_the_reader(
         assert 0 <= member.start < member.data_start <= member.stop
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME),
+        *(tarfile.XHDTYPE, tarfile.XGLTYPE),
+    ],
+)
 @pytest.mark.parametrize("size", [-1, -512, -1024, -(2**40)])
-def test_a_negative_size_ends_the_archive(make_tar: Callable[..., bytes], size: int) -> None:
+def test_a_negative_size_ends_the_archive(
+    make_tar: Callable[..., bytes], size: int, kind: bytes
+) -> None:
     data = make_tar([("a.jpg", b"1"), ("b.jpg", bytes(600))])
     header = data[1024:1536]
     number = (256**11 + size).to_bytes(11, "big")
-    header = resealed(header[:124] + b"\xff" + number + header[136:])
+    header = resealed(header[:124] + b"\xff" + number + header[136:156] + kind + header[157:])
     found, damage = found_in(data[:1024] + header + data[1536:])
     assert [member.key for member in found] == ["a.jpg"]
     assert "b.jpg has a negative size" in damage
+
+
+@pytest.mark.parametrize("left", [0, 100, 504])
+def test_a_sparse_map_that_is_cut_off_is_damage(make_tar: Callable[..., bytes], left: int) -> None:
+    data = make_tar([("a.jpg", b"1"), ("b.jpg", bytes(600))])
+    header = data[1024:1536]
+    # The map goes on in the next block.
+    header = header[:156] + tarfile.GNUTYPE_SPARSE + header[157:482] + b"\1" + header[483:]
+    found, damage = found_in(data[:1024] + resealed(header) + bytes(left))
+    assert [member.key for member in found] == ["a.jpg"]
+    assert "the tar is damaged" in damage
+
+
+def test_a_global_header_gives_no_sizes(make_tar: Callable[..., bytes]) -> None:
+    data = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")])
+    harmless = extension(tarfile.XGLTYPE, b"13 comment=xx\n"[:14])
+    found, damage = found_in(data[:1024] + harmless + data[1024:])
+    assert ([member.key for member in found], damage) == (["a.jpg", "b.jpg", "c.jpg"], "")
+    found, damage = found_in(
+        data[:1024] + extension(tarfile.XGLTYPE, b"13 size=8000\n") + data[1024:]
+    )
+    assert [member.key for member in found] == ["a.jpg"]
+    assert "a global header gives all members a size" in damage
+
+
+def test_images_without_a_decoder_have_rows_too(make_tar: Callable[..., bytes]) -> None:
+    found, _ = found_in(make_tar([("a.avif", b"1"), ("b.HEIC", b"2"), ("c.jfif", b"3")]))
+    assert [member.key for member in found] == ["a.avif", "b.HEIC", "c.jfif"]
 
 
 def extension(kind: bytes, content: bytes, size: int | None = None) -> bytes:

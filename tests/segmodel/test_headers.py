@@ -151,6 +151,27 @@ def test_scans_are_bounded() -> None:
                 read(data)
 
 
+def test_segments_are_bounded() -> None:
+    jpeg = progressive(2)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    png = picture.getvalue()
+    at = png.index(b"IDAT") - 4
+    empty_chunk = struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
+    for number in (1_000, headers.MAX_SEGMENTS):
+        many = {
+            "jpeg": jpeg[:2] + b"\xff\xe0\x00\x02" * number + jpeg[2:],
+            "png": png[:at] + empty_chunk * number + png[at:],
+        }
+        for data in many.values():
+            for read in (decode, probe):
+                if number < headers.MAX_SEGMENTS:
+                    read(data)
+                    continue
+                with pytest.raises(ImageError, match="too_large: a file of more than 50000 seg"):
+                    read(data)
+
+
 def test_fill_bytes_and_segments_between_scans_hide_none() -> None:
     for between in (b"\xff\xff\xff", b"\xff\xfe\0\x06\xff\xd9\xff\xd9", b"\xff\x01"):
         data = progressive(headers.MAX_JPEG_SCANS + 1).replace(b"\xff\xda", between + b"\xff\xda")
