@@ -6,17 +6,21 @@ The first test is on Ray with a network; the others run the same code in this pr
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import labelling, sorting, versions
+from jobs import labelling, sorting, training_set, versions
 from jobs.__main__ import main
+from jobs.label_config import LabelConfig
 from jobs.storage import ArrowStore, open_store
 from segmodel.schema import TRAINING
+from tests.conftest import Bucket
 from tests.jobs import labelling_place
 from tests.jobs.conftest import put_shard, training_row
 from tests.jobs.labelling_place import POLICY, Place, found_in
@@ -482,3 +486,47 @@ def test_a_manifest_with_more_lines_brings_what_they_name(place: Place) -> None:
     assert place.manifest(2)["counts"]["new"]["images"] == 2
     assert place.manifest(2)["counts"]["new"]["replaced"] == 1
     assert len(place.rows(2)) == 4
+
+
+def test_two_at_once_on_s3_publish_one_version(
+    place: Place, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LabelConfig(
+        input=f"{bucket.uri}/in",
+        dataset=f"{bucket.uri}/set",
+        model=str(place.model),
+        policy=str(place.root / "policy.yaml"),
+        chunk_size=2,
+        endpoint_url=bucket.endpoint_url,
+    )
+
+    def put(shard: str, images: dict[str, int]) -> None:
+        members = [(name, place.jpeg(seed)) for name, seed in images.items()]
+        bucket.store("in").put(shard, place.make_tar(members))
+
+    # Both have made all of it when the first one publishes.
+    both, real = threading.Barrier(2), versions.publish
+
+    def publish(dataset: Any, number: int, manifest: Any) -> bool:
+        both.wait(60)
+        return real(dataset, number, manifest)
+
+    put("a.tar", {f"{n}.jpg": n for n in range(5)})
+    dataset = bucket.store("set")
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(versions, "publish", publish)
+        assert list(pool.map(labelling.label, [config] * 2, [dataset] * 2)).count(None) == 1
+    assert versions.latest(dataset) == 1
+    assert labelling.label(config, dataset) == 0
+    put("a.tar", {**{f"{n}.jpg": n for n in range(5)}, "3.jpg": 30})
+    put("b.tar", {"7.jpg": 7})
+    assert labelling.label(config, dataset) == 0
+    assert versions.latest(dataset) == 2
+    counts = [versions.load(dataset, n).manifest["counts"]["new"]["images"] for n in (1, 2)]
+    assert counts == [5, 2]
+    found = training_set.load([f"{bucket.uri}/set"], bucket.endpoint_url)
+    images = {row["image_id"]: row["data"] for row in training_set.rows(found.chunks)}
+    assert images == {
+        **{f"a.tar#{n}.jpg": place.jpeg(n) for n in (0, 1, 2, 4)},
+        **{"a.tar#3.jpg": place.jpeg(30), "b.tar#7.jpg": place.jpeg(7)},
+    }

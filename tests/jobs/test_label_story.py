@@ -29,19 +29,20 @@ from tests.conftest import Bucket
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-SIZE_HW = (96, 128)
+# As the demo's model knows them.
+SIZE_HW = (256, 320)
 PER_SHARD = 20
 DAY_1, DAY_2, REPLACED = range(60), range(60, 100), (3, 17, 21, 40, 59)
 # The seed of the scene that a name has after it was replaced.
 LATER = 10_000
 POLICY = """
 score_threshold: 0.5
-review_from: 0.3
+review_from: 0.45
 duplicate_iou: 0.8
 min_area: 20
 audit_share: 0.1
 categories:
-  star: {score_threshold: 0.6}
+  star: {score_threshold: 0.55}
 """
 DEADLINE_S = 600
 
@@ -74,7 +75,9 @@ class Story:
         return [
             *("label", "--input", f"{self.bucket.uri}/in", "--dataset", f"{self.bucket.uri}/set"),
             *("--model", str(demo.MODEL), "--policy", str(self.root / "policy.yaml")),
-            *("--chunk-size", "5", "--endpoint-url", self.bucket.endpoint_url),
+            # One actor each, so that two at once leave room on two CPUs to read and write.
+            *("--chunk-size", "5", "--max-actors", "1"),
+            *("--endpoint-url", self.bucket.endpoint_url),
         ]
 
     def start(self, name: str) -> "subprocess.Popen[bytes]":
@@ -129,7 +132,8 @@ def test_three_days_of_labels_become_a_model(
     assert main(story.arguments()) == 0
     story.check(1)
     first = story.rows(1, ACCEPTED)
-    assert len(first) > 30
+    assert len(first) > 20
+    assert len(story.rows(1, REVIEW)) > 5
 
     story.put(DAY_1, REPLACED)
     story.put(DAY_2)
@@ -181,8 +185,8 @@ def learn(story: Story, root: Path) -> None:
             [
                 *("train", "--train", f"{story.bucket.uri}/set", truth),
                 *("--train-weights", "0.5", "1", "--model", str(demo.MODEL), "--output", trained),
-                *("--epochs", "1", "--batch-size", "4", "--workers", "1", "--min-size", "96"),
-                *("--max-size", "128", "--learning-rate", "0.0002", "--optimizer", "adamw"),
+                *("--epochs", "1", "--batch-size", "4", "--workers", "1", "--min-size", "224"),
+                *("--max-size", "320", "--learning-rate", "0.0002", "--optimizer", "adamw"),
                 *("--proposals-per-image", "32", *endpoint),
             ]
         )
@@ -203,6 +207,6 @@ def learn(story: Story, root: Path) -> None:
     found = json.loads((root / "scores" / "metrics.json").read_text())
     assert found["against"]["better"]["better"] in ("predictions", "against", "neither")
     assert found["against"]["mask"]["AP"] > 0.4
-    assert found["mask"]["AP"] > 0.1
+    assert found["mask"]["AP"] > 0.05
     card = open_store(trained, story.bucket.endpoint_url).read("bundle/README.md").decode()
     assert f"{story.bucket.uri}/set, {truth}" in card
