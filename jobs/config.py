@@ -13,7 +13,13 @@ from typing import Any, Literal
 from jobs.detect import Format
 from jobs.redact import holds_credentials
 from segmodel.images import MAX_PIXELS
-from segmodel.settings import ARCHITECTURES, Architecture, MaskTargets, Precision
+from segmodel.settings import (
+    ARCHITECTURES,
+    Architecture,
+    InferencePrecision,
+    MaskTargets,
+    Precision,
+)
 
 _ENDPOINT_HELP = (
     "S3-compatible store, for example http://127.0.0.1:9000; AWS_ENDPOINT_URL if left out"
@@ -44,7 +50,11 @@ class PredictConfig:
         "drop detections that score lower; else the bundle's", None
     )
     max_detections: int | None = option("detections for an image, at most; else the bundle's", None)
-    precision: Precision = option("arithmetic; auto is fp32 until another has been proved", "auto")
+    precision: InferencePrecision = option(
+        "arithmetic; fp32 is torchvision's to the bit; auto is fp32-fast on CPUs, which rounds "
+        "otherwise, and fp32 on GPUs",
+        "auto",
+    )
     tasks: Literal["masks", "boxes"] = option("boxes leaves the masks out and is faster", "masks")
     batch_size: int | None = option(
         "images in a batch; 8 on a GPU and 1 on a CPU if left out", None

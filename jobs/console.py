@@ -33,6 +33,10 @@ class Printer(Console):
         if not logs.as_json():
             super().print(*objects, **options)
             return
+        if len(objects) == 1 and isinstance(objects[0], Table):
+            title, rows = str(objects[0].title or ""), _rows(objects[0])
+            logs.event("table", title, file=self.file, rows=rows)
+            return
         words = " ".join(map(str, objects))
         if options.get("markup", True):
             words = Text.from_markup(words).plain
@@ -44,6 +48,12 @@ class Printer(Console):
     def is_terminal(self) -> bool:
         """Whether bars can be drawn: not among lines of JSON."""
         return super().is_terminal and not logs.as_json()
+
+
+def _rows(table: Table) -> list[dict[str, str]]:
+    """Return the rows of a table: each cell by the heading of its column."""
+    columns = {str(column.header): map(str, column.cells) for column in table.columns}
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 console = Printer(highlight=False, soft_wrap=True)

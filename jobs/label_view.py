@@ -22,8 +22,8 @@ def show_all(dataset: Store) -> None:
         return
     now = versions.current(dataset, every[-1].number)
     table = Table(title=f"Versions of {dataset.uri}", title_justify="left", box=None)
-    for name in ("", "parent", "made", "state", "images", "labels", "to review", "new", "model"):
-        is_number = name in ("images", "labels", "to review", "new")
+    for name in ("", "parent", "made", "state", "images", "labels", "review", "new", "model"):
+        is_number = name in ("images", "labels", "review", "new")
         table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
     for one in every:
         counts, total = one.manifest["counts"]["new"], one.manifest["counts"]["all"]
@@ -37,7 +37,7 @@ def show_all(dataset: Store) -> None:
             str(total[ACCEPTED]["labels"]),
             str(total[REVIEW]["rows"]),
             str(counts["images"]),
-            Text((one.manifest["model"] or {}).get("digest", "people")[:8]),
+            Text((one.manifest["model"] or {}).get("digest", "people")[:6]),
         )
     console.print(table)
 

@@ -22,6 +22,7 @@ from jobs.detect import InputError
 from jobs.label_config import LabelConfig
 from jobs.labelling import DIGITS
 from jobs.pairing import BY_FILE_NAME, NONE, pair
+from jobs.records import some_of
 from jobs.sorting import Sorted, Stage
 from jobs.storage import open_uri
 from jobs.store import Store
@@ -143,12 +144,11 @@ def _rows_of(parent: Version, found: Reviewed) -> list[Row]:
     parts = [_names(parent, row) for row in listed]
     names = pa.concat_tables(parts)
     paths = [f"{row['shard']}/{row['key']}" if row["shard"] else row["key"] for row in found.rows]
+    # `pair` refuses where nothing pairs, in words of `evaluate`.
+    known = {_base_name(key) for key in names["key"].to_pylist()}
+    _refuse_unknown([path for path in paths if _base_name(path) not in known], found, parent)
     paired = pair(paths, names, BY_FILE_NAME, subset=True)
-    if len(paired.missing):
-        some = ", ".join(repr(paths[n]) for n in paired.missing[:3].tolist())
-        raise InputError(
-            f"{len(paired.missing)} images of {found.uri} are not in version {parent.number}: {some}"
-        )
+    _refuse_unknown([paths[number] for number in paired.missing.tolist()], found, parent)
     old: list[Row] = [{}] * len(paths)
     start = 0
     for row, part in zip(listed, parts, strict=True):
@@ -169,6 +169,17 @@ def _rows_of(parent: Version, found: Reviewed) -> list[Row]:
                 f"and {found.uri} says {theirs['height']} x {theirs['width']}: correct the file"
             )
     return old
+
+
+def _base_name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _refuse_unknown(paths: Sequence[str], found: Reviewed, parent: Version) -> None:
+    if paths:
+        raise InputError(
+            f"{len(paths)} images of {found.uri} are not in version {parent.number}: {some_of(paths)}"
+        )
 
 
 def _stands_for_image(table: str, row: Row) -> bool:

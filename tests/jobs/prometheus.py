@@ -103,11 +103,11 @@ def _collect(node: Any, wanted: set[str], found: dict[str, set[str]]) -> None:
 
 
 class Server:
-    """A real Prometheus that scrapes one node every second."""
+    """A real Prometheus that scrapes one node every two seconds."""
 
     def __init__(self, folder: Path, target: str) -> None:
         config = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "global": {"scrape_interval": "2s", "evaluation_interval": "2s"},
             "rule_files": [str(ALERTS)],
             "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [target]}]}],
         }

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from jobs import console, logs
 from jobs.__main__ import main
@@ -47,6 +49,19 @@ def test_tables_and_events_have_fields(file: io.StringIO) -> None:
     assert plan["facts"] == {"images": "5", "empty": "1", "note": ["a", "b"]}
     assert (failed["event"], failed["chunk_id"]) == ("chunk_failed", "00000003")
     assert chunk["errors"] == {"empty": 1}
+
+
+def test_a_table_has_rows(file: io.StringIO) -> None:
+    table = Table(title="Categories")
+    table.add_column("category")
+    table.add_column("AP", justify="right")
+    table.add_row(Text("[car]"), "0.5")
+    table.add_row("", "-")
+    with logs.using("json"):
+        console.console.print(table)
+    (line,) = lines(file)
+    assert (line["event"], line["message"]) == ("table", "Categories")
+    assert line["rows"] == [{"category": "[car]", "AP": "0.5"}, {"category": "", "AP": "-"}]
 
 
 def test_a_person_is_told_no_events(file: io.StringIO) -> None:

@@ -33,7 +33,7 @@ meter.LOOK_EVERY_S = 0.5
 ray.init(
     address="local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20,
     log_to_driver=False, logging_level="ERROR", _metrics_export_port=int(sys.argv[1]),
-    _system_config={**cluster.LOCAL["_system_config"], "metrics_report_interval_ms": 1000},
+    _system_config={**cluster.LOCAL["_system_config"], "metrics_report_interval_ms": 2000},
 )
 print("exit code", main(sys.argv[2:]), flush=True)
 sys.stdin.read()
@@ -109,7 +109,7 @@ def _follow(driver: "subprocess.Popen[str]", port: int, found: Scraped) -> None:
     over = threading.Event()
 
     def scrape() -> None:
-        while not over.wait(0.5):
+        while not over.wait(2):
             # The agent comes some seconds after the node.
             with contextlib.suppress(OSError):
                 text = prometheus.get(f"http://127.0.0.1:{port}/metrics")
@@ -131,7 +131,7 @@ def _follow(driver: "subprocess.Popen[str]", port: int, found: Scraped) -> None:
         while found.value("segjobs_images_total") < IMAGES and time.monotonic() < deadline:
             time.sleep(0.5)
         # Two more scrapes of the server's, behind the last report.
-        time.sleep(3)
+        time.sleep(6)
     finally:
         over.set()
         thread.join()
