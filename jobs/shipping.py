@@ -48,14 +48,15 @@ def fill(folder: Path, files: Mapping[str, bytes], *, code: bool) -> None:
     )
 
 
-def variables(names: Iterable[str], *, ship_credentials: bool) -> dict[str, str]:
+def variables(names: Iterable[str]) -> dict[str, str]:
     """Return the variables that a job is to get, with their values.
 
-    Ray keeps them in the clear in its control store, and hands them to whoever may ask its job API (its
-    dashboard hides them from browsers only); so credentials go only where somebody said so.
+    Ray writes them into the logs of its nodes (`Creating runtime env: ...`), keeps them in its control store, and
+    hands them to whoever may ask its job API; its dashboard hides them from browsers only. So no credential
+    goes this way.
 
     Raises:
-        ConfigError: One is not set, or looks like a credential and may not go.
+        ConfigError: One is not set, or looks like a credential.
     """
     values = {}
     for name in names:
@@ -63,11 +64,10 @@ def variables(names: Iterable[str], *, ship_credentials: bool) -> dict[str, str]
         if value is None:
             raise ConfigError(f"--env {name}: it is not set here")
         secret = _SECRET.search(name) and not _NAMES_A_FILE.search(name)
-        if (secret or holds_credentials(value)) and not ship_credentials:
+        if secret or holds_credentials(value):
             raise ConfigError(
-                f"--env {name}: it holds a credential, and Ray would keep it in the clear where everybody who may "
-                "reach its API can read it. Give the cluster's nodes a role or a service account; or, where all who "
-                "reach the cluster may have it, say --ship-credentials"
+                f"--env {name}: it holds a credential, and Ray would write it into its logs. Give the cluster's nodes a "
+                "role or a service account, or set it where they are started"
             )
         values[name] = value
     return values

@@ -33,7 +33,7 @@ def run(config: SubmitConfig) -> int:
     from jobs.__main__ import VERBS
 
     made = submission.prepare(config.command, VERBS)
-    variables = shipping.variables(config.env, ship_credentials=config.ship_credentials)
+    variables = shipping.variables(config.env)
     server = JobServer(config.address)
     if config.stop:
         return _stop(server, made)

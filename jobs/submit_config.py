@@ -20,12 +20,9 @@ class SubmitConfig:
     no_wait: bool = option("say the job's name and end; run again without it to follow", False)  # noqa: FBT003
     stop: bool = option("end the job of this command instead, if it is at work", False)  # noqa: FBT003
     env: list[str] = option(
-        "names of environment variables that the job gets as they are here, such as AWS_PROFILE AWS_REGION",
+        "names of environment variables that the job gets as they are here, such as AWS_PROFILE AWS_REGION; no "
+        "credentials",
         (),
-    )
-    ship_credentials: bool = option(
-        "let --env take credentials too: they then stand in the clear in the cluster's control store",
-        False,  # noqa: FBT003
     )
     image_has_code: bool = option(
         "run the segjobs that the cluster's image has, instead of uploading this one",

@@ -160,18 +160,17 @@ def test_without_code_only_files_travel(tmp_path: Path) -> None:
         "API_KEY",
     ],
 )
-def test_credentials_go_only_when_that_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_do_not_travel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "planted")
     with pytest.raises(ConfigError, match=f"--env {name}: it holds a credential") as caught:
-        variables([name], ship_credentials=False)
+        variables([name])
     assert "planted" not in str(caught.value)
-    assert variables([name], ship_credentials=True) == {name: "planted"}
 
 
 def test_values_with_credentials_are_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://me:planted@proxy")
     with pytest.raises(ConfigError, match="HTTPS_PROXY: it holds a credential"):
-        variables(["HTTPS_PROXY"], ship_credentials=False)
+        variables(["HTTPS_PROXY"])
 
 
 def test_names_of_profiles_and_files_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,10 +182,10 @@ def test_names_of_profiles_and_files_are_none(monkeypatch: pytest.MonkeyPatch) -
     ]
     for name in names:
         monkeypatch.setenv(name, "x")
-    assert variables(names, ship_credentials=False) == dict.fromkeys(names, "x")
+    assert variables(names) == dict.fromkeys(names, "x")
 
 
 def test_a_variable_that_is_not_set_is_named() -> None:
     assert "NOT_SET_AT_ALL" not in os.environ
     with pytest.raises(ConfigError, match="--env NOT_SET_AT_ALL: it is not set here"):
-        variables(["NOT_SET_AT_ALL"], ship_credentials=False)
+        variables(["NOT_SET_AT_ALL"])

@@ -361,7 +361,7 @@ def test_a_secret_that_may_not_travel_is_refused(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
     assert run("--env", "AWS_SECRET_ACCESS_KEY") == 2
     said = words(capsys)
-    assert "--ship-credentials" in said
+    assert "Give the cluster's nodes a role or a service account" in said
     assert "planted" not in said
     assert api.submitted == []
 
