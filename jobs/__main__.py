@@ -1,7 +1,8 @@
 """The command line: `segjobs VERB`, the same as `python -m jobs VERB`.
 
 Exit codes: 0 all that was promised is done; 1 failed; 2 bad arguments; 3 done, but images are in
-error and `--fail-on-error` was asked; 130 stopped by Ctrl-C.
+error and `--fail-on-error` was asked; 4 a labelled version drifted and is a candidate only; 130 stopped
+by Ctrl-C.
 """
 
 import importlib
@@ -23,7 +24,9 @@ from jobs.config import (
     TrainConfig,
 )
 from jobs.console import error_console
-from jobs.flags import Parser, from_namespace, parser_for
+from jobs.flags import Parser, from_namespace, gathered, parser_for
+from jobs.label_config import LabelConfig
+from jobs.submit_config import SubmitConfig
 
 VERBS: dict[str, type[Any]] = {
     "predict": PredictConfig,
@@ -32,8 +35,10 @@ VERBS: dict[str, type[Any]] = {
     "pack": PackConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "label": LabelConfig,
     "export": ExportConfig,
     "report": ReportConfig,
+    "submit": SubmitConfig,
     "demo": DemoConfig,
 }
 
@@ -52,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsers = {verb: parser_for(config_class) for verb, config_class in VERBS.items()}
     for verb, verb_parser in parsers.items():
         verbs.add_subcommand(verb, verb_parser, help=VERBS[verb].__doc__)
-    values = parser.parse_args(None if arguments is None else list(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in VERBS:
+        given = [given[0], *gathered(VERBS[given[0]], given[1:])]
+    values = parser.parse_args(given)
     verb = str(values.verb)
     try:
         config: Any = from_namespace(VERBS[verb], values[verb])

@@ -24,7 +24,7 @@ from segmodel.bundle import Bundle
 from segmodel.images import ImageError, decode
 from segmodel.inference import Image, Predictor
 from segmodel.schema import Category, Detections
-from segmodel.settings import Precision
+from segmodel.settings import InferencePrecision
 
 # Decoded images that wait for the network, for each decoding thread.
 DECODED_AHEAD = 2
@@ -74,7 +74,7 @@ class Model:
 
     bundle: "ray.ObjectRef[Bundle]"
     categories: Mapping[int, Category]
-    precision: Precision
+    precision: InferencePrecision
     score_threshold: float
     max_detections: int
     masks: bool
@@ -150,9 +150,11 @@ class Predict:
         predictor = self.predictor
         errors: dict[int, str] = {}
         found: dict[int, Detections] = {}
+        seconds = {**sealed.seconds, "decode": 0.0}
+        in_network = predictor.busy.seconds
         try:
             with self.watchdog.watch() as progress:
-                decoded = self._decoded(sealed.table, errors, progress)
+                decoded = self._decoded(sealed.table, errors, seconds, progress)
                 for number, detections in predictor.stream(decoded, errors.__setitem__):
                     found[number] = detections
                     progress()
@@ -160,6 +162,8 @@ class Predict:
             raise PredictError(
                 f"chunk {sealed.chunk_id}: {type(error).__name__}: {error}"
             ) from error
+        seconds["network"] = predictor.busy.seconds - in_network
+        seconds["predict"] = time.perf_counter() - started
         self._tell_memory()
         names = sealed.table.select(["image_id", "shard", "key"]).to_pylist()
         rows = [raw_row(found.get(n), errors.get(n)) | name for n, name in enumerate(names)]
@@ -167,7 +171,7 @@ class Predict:
             Envelope(
                 chunk_id=sealed.chunk_id,
                 positions=sealed.positions,
-                seconds={**sealed.seconds, "predict": time.perf_counter() - started},
+                seconds=seconds,
                 retries=sealed.retries,
                 traffic=sealed.traffic,
                 table=pa.Table.from_pylist(rows, schema=RAW),
@@ -187,15 +191,21 @@ class Predict:
             self._metrics.set("segjobs_memory_bytes", read(), device="cuda", kind=kind)
 
     def _decoded(
-        self, images: pa.Table, errors: dict[int, str], progress: Callable[[], None]
+        self,
+        images: pa.Table,
+        errors: dict[int, str],
+        seconds: dict[str, float],
+        progress: Callable[[], None],
     ) -> Iterator[tuple[int, Image]]:
         """Yield number and pixels of the images that can be decoded; note the errors of the others."""
-        under_way: deque[tuple[int, Future[Image]]] = deque()
+        under_way: deque[tuple[int, Future[tuple[Image, float]]]] = deque()
 
         def next_decoded() -> Iterator[tuple[int, Image]]:
             number, future = under_way.popleft()
             try:
-                yield number, future.result()
+                pixels, took = future.result()
+                seconds["decode"] += took
+                yield number, pixels
             except ImageError as error:
                 errors[number] = str(error)
             progress()
@@ -205,10 +215,16 @@ class Predict:
                 errors[number] = error.as_py()
                 continue
             future = self.decoders.submit(
-                decode, data.as_buffer().to_pybytes(), self.model.max_pixels
+                _timed_decode, data.as_buffer().to_pybytes(), self.model.max_pixels
             )
             under_way.append((number, future))
             if len(under_way) == self.window:
                 yield from next_decoded()
         while under_way:
             yield from next_decoded()
+
+
+def _timed_decode(data: bytes, max_pixels: int) -> tuple[Image, float]:
+    """Return an image's pixels and the seconds that they took."""
+    started = time.perf_counter()
+    return decode(data, max_pixels), time.perf_counter() - started

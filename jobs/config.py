@@ -13,7 +13,13 @@ from typing import Any, Literal
 from jobs.detect import Format
 from jobs.redact import holds_credentials
 from segmodel.images import MAX_PIXELS
-from segmodel.settings import ARCHITECTURES, Architecture, Precision
+from segmodel.settings import (
+    ARCHITECTURES,
+    Architecture,
+    InferencePrecision,
+    MaskTargets,
+    Precision,
+)
 
 _ENDPOINT_HELP = (
     "S3-compatible store, for example http://127.0.0.1:9000; AWS_ENDPOINT_URL if left out"
@@ -44,7 +50,11 @@ class PredictConfig:
         "drop detections that score lower; else the bundle's", None
     )
     max_detections: int | None = option("detections for an image, at most; else the bundle's", None)
-    precision: Precision = option("arithmetic; auto is fp32 until another has been proved", "auto")
+    precision: InferencePrecision = option(
+        "arithmetic; fp32 is torchvision's to the bit; auto is fp32-fast on CPUs, which rounds "
+        "otherwise, and fp32 on GPUs",
+        "auto",
+    )
     tasks: Literal["masks", "boxes"] = option("boxes leaves the masks out and is faster", "masks")
     batch_size: int | None = option(
         "images in a batch; 8 on a GPU and 1 on a CPU if left out", None
@@ -208,8 +218,15 @@ class PackConfig:
 class TrainConfig:
     """Train a model on packed shards, distributed; run again with the same output to go on."""
 
-    train: str = option("packed set to train on (`segjobs pack --annotations`)")
+    train: str | list[str] = option(
+        "what to train on, one or more: packed sets (`segjobs pack`), data sets and versions of `segjobs label`"
+    )
     output: str = option("folder or prefix of checkpoints, curves, and the bundle at the end")
+    train_weights: list[float] | None = option(
+        "the share of each of --train that an epoch has, drawn anew in each: 1 0.5 halves the second; all of "
+        "all if left out",
+        None,
+    )
     val: str | None = option("packed set whose mask AP chooses the best checkpoint", None)
     model: str | None = option("bundle to start from; else random weights of --arch", None)
     arch: Architecture | None = option(
@@ -238,7 +255,8 @@ class TrainConfig:
     clip_norm: float = option("longest gradient; 0 for no limit", 10.0)
     ema_decay: float = option("of the average of the weights; 0 for none", 0.999)
     precision: Precision = option(
-        "auto is bf16 on GPUs, fp32 on CPUs; fp16 is for GPUs that have no bf16", "auto"
+        "auto is bf16 on GPUs and on CPUs that have it (AVX512-BF16), else fp32; fp16 is for GPUs without bf16",
+        "auto",
     )
     norm: Literal["auto", "train", "sync", "frozen"] = option(
         "batch statistics; auto freezes those of --model, else trains them (over all GPUs: sync)",
@@ -246,6 +264,11 @@ class TrainConfig:
     )
     freeze_stages: int = option("stages of the backbone, from the image on, that stay", 0)
     proposals_per_image: int = option("that class, box and mask heads learn from", 512)
+    mask_targets: MaskTargets = option(
+        "what masks learn: torchvision's way, or pasted, which makes up for the half pixel that pasting "
+        "a mask adds at each side, and pays where objects are small",
+        "torchvision",
+    )
     min_size: int | None = option("shorter side of the network's input; else the model's", None)
     max_size: int | None = option("longer side, at most; else the model's", None)
     crop_size: int | None = option("train on square crops of so many pixels", None)
@@ -289,8 +312,25 @@ class TrainConfig:
             _check(name, getattr(self, name), math.isfinite, "a finite number")
         _check("learning_rate", self.learning_rate, lambda v: v > 0, "more than 0")
         _check("freeze_stages", self.freeze_stages, lambda v: 0 <= v <= 5, "from 0 to 5")
+        self._refuse_bad_weights()
         self._refuse_what_does_not_go_together()
         _ = self.worker_range
+
+    @property
+    def train_sets(self) -> list[str]:
+        """What to train on."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    def _refuse_bad_weights(self) -> None:
+        sets, weights = self.train_sets, self.train_weights
+        if weights is None:
+            return
+        if len(weights) != len(sets):
+            raise ConfigError(
+                f"--train-weights has {len(weights)} numbers, and --train {len(sets)} sets: give one for each"
+            )
+        for weight in weights:
+            _check("train_weights", weight, lambda v: 0 < v <= 1, "more than 0 and at most 1")
 
     def _refuse_what_does_not_go_together(self) -> None:
         if not 0 < self.scale_min <= self.scale_max:
@@ -329,6 +369,9 @@ class EvaluateConfig:
 
     predictions: str = option("output of predict, or another folder of Parquet in the one schema")
     annotations: str = option("the truth: a COCO instances JSON, or a packed set")
+    against: str | None = option(
+        "another table, compared with the same truth, to say which of the two is better", None
+    )
     output: str | None = option("folder or prefix for metrics.json and the plots", None)
     subset: bool = option("leave out predictions of images that the truth has not", False)  # noqa: FBT003
     score_threshold: float = option(

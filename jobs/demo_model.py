@@ -1,7 +1,8 @@
 """`make demo-model`: the model bundle of the demo, trained from nothing on synthetic scenes.
 
 python -m jobs.demo_model FOLDER: draws scenes that the demo never shows, packs them, trains by
-`segjobs train` with `recipes/demo.yaml`, and puts the bundle in place of the shipped one. The same
+`segjobs train` with `recipes/demo.yaml`, then at a higher resolution with `recipes/demo-fine.yaml`,
+and puts the bundle in place of the shipped one. The same
 seeds give the same scenes, order and draws; run again with the same folder to go on.
 """
 
@@ -15,7 +16,7 @@ from jobs.__main__ import main
 from jobs.console import console
 from jobs.demo import MODEL
 
-RECIPE = Path(__file__).with_name("recipes") / "demo.yaml"
+RECIPES = Path(__file__).with_name("recipes")
 # The demo's own scenes have the seeds from 0 on.
 TRAIN_SEEDS = range(1_000_000, 1_003_000)
 VAL_SEEDS = range(2_000_000, 2_000_100)
@@ -34,13 +35,18 @@ def make(folder: Path) -> int:
         )
         if code:
             return code
-    code = _segjobs(
-        *("train", "--config", str(RECIPE), "--output", f"{folder / 'training'}"),
-        *("--train", f"{folder / 'train'}", "--val", f"{folder / 'val'}"),
-    )
-    if code:
-        return code
-    shutil.copytree(folder / "training" / "bundle", MODEL, dirs_exist_ok=True)
+    sets = ("--train", f"{folder / 'train'}", "--val", f"{folder / 'val'}")
+    first, second = folder / "training", folder / "fine"
+    for recipe, output, start in (
+        ("demo.yaml", first, ()),
+        ("demo-fine.yaml", second, ("--model", f"{first / 'bundle'}")),
+    ):
+        code = _segjobs(
+            *("train", "--config", f"{RECIPES / recipe}", *start, *sets, "--output", f"{output}")
+        )
+        if code:
+            return code
+    shutil.copytree(second / "bundle", MODEL, dirs_exist_ok=True)
     console.print(f"The demo's model is now {MODEL}.")
     return 0
 

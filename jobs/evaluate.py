@@ -2,12 +2,14 @@
 
 Input: a table of the one schema, and a COCO instances file or a packed set. Output: COCO's twelve
 numbers of boxes and of masks, per category too, on the screen; with `--output` also `metrics.json`,
-`precision_recall.png` and `confusion.png`. Tables are compared part by part, in Ray tasks where they
+`precision_recall.png` and `confusion.png`. `--against` compares another table with the same truth, and says
+which of the two is better. Tables are compared part by part, in Ray tasks where they
 are large; the driver holds the ids of the images and 37 bytes for each detection.
 """
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -38,24 +40,88 @@ METRICS, CURVES, CONFUSION = "metrics.json", "precision_recall.png", "confusion.
 def run(config: EvaluateConfig) -> int:
     """Pair, compare, show, write; return the exit code."""
     truth = open_truth(config.annotations, config.endpoint_url)
-    predictions = open_tables(config.predictions, config.endpoint_url)
+    asked = Asked(score_threshold=config.score_threshold, address=config.address)
+    mine = _compared(config, config.predictions, truth, asked)
+    _show_scores(mine.scores)
+    other = None
+    if config.against is not None:
+        other = _compared(config, config.against, truth, asked)
+        _show_verdict(mine, other)
+    if config.output is not None:
+        output = open_store(config.output, config.endpoint_url)
+        metrics = _metrics(truth, mine)
+        if other is not None:
+            metrics["against"] = {**_metrics(truth, other), "better": _verdict(mine, other)}
+        output.put(METRICS, json.dumps(metrics, indent=2, ensure_ascii=False).encode())
+        _put_plots(output, mine.scores, mine.confusion)
+        console.print(f"Numbers and plots: {output.url(METRICS)}, {CURVES}, {CONFUSION}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """A table of predictions, and how good it is."""
+
+    predictions: Tables
+    paired: Pairing
+    scores: Evaluation
+    confusion: Confusion
+
+
+def _compared(config: EvaluateConfig, uri: str, truth: Truth, asked: Asked) -> _Compared:
+    predictions = open_tables(uri, config.endpoint_url)
     paired = pair(truth.names, predictions.names, truth.ways, subset=config.subset)
     _show_inputs(truth, predictions, paired)
-    asked = Asked(score_threshold=config.score_threshold, address=config.address)
     total = Result.none(asked)
     with ImageProgress(len(truth.names), 0) as progress, plain_errors():
         for part, result in compared(asked, truth, predictions, paired):
             total.merge(result)
             progress.advance(len(part.places))
-    scores = total.matches.summary(truth.image_order)
-    _show_scores(scores)
-    if config.output is not None:
-        output = open_store(config.output, config.endpoint_url)
-        metrics = _metrics(truth, predictions, paired, scores, total.confusion)
-        output.put(METRICS, json.dumps(metrics, indent=2, ensure_ascii=False).encode())
-        _put_plots(output, scores, total.confusion)
-        console.print(f"Numbers and plots: {output.url(METRICS)}, {CURVES}, {CONFUSION}")
-    return 0
+    return _Compared(
+        predictions=predictions,
+        paired=paired,
+        scores=total.matches.summary(truth.image_order),
+        confusion=total.confusion,
+    )
+
+
+def _verdict(mine: _Compared, other: _Compared) -> dict[str, Any]:
+    """Say which of two tables is better: by mask AP, or by box AP where one of them has no masks."""
+    kind = "mask" if mine.scores.mask and other.scores.mask else "box"
+    ours, theirs = (_kinds(of.scores)[kind].numbers["AP"] for of in (mine, other))
+    better = "predictions" if ours > theirs else "against" if theirs > ours else "neither"
+    return {"by": f"{kind} AP", "predictions": ours, "against": theirs, "better": better}
+
+
+def _show_verdict(mine: _Compared, other: _Compared) -> None:
+    found = _verdict(mine, other)
+    table = Table(title="One against the other", title_justify="left")
+    for name in ("", "predictions", "against", "difference"):
+        table.add_column(name, justify="right" if name else "left")
+    for kind in found["by"].split()[:1]:
+        ours, theirs = (_kinds(of.scores)[kind] for of in (mine, other))
+        for name, value in ours.numbers.items():
+            _add_pair(table, f"{kind} {name}", value, theirs.numbers[name])
+        both = [name for name in ours.per_category if name in theirs.per_category]
+        most = sorted(both, key=lambda name: -ours.per_category[name].num_truth)
+        for name in most[:CATEGORIES_SHOWN]:
+            values = (of.per_category[name].AP for of in (ours, theirs))
+            _add_pair(table, f"{kind} AP of {name}", *values)
+    console.print(table)
+    uris = {"predictions": mine.predictions.url, "against": other.predictions.url}
+    if found["better"] == "neither":
+        console.print(f"Neither is better: both have {found['by']} {_number(found['against'])}.")
+        return
+    by = abs(found["predictions"] - found["against"])
+    console.print(
+        f"Better by {by:.4f} {found['by']}: {uris[found['better']]} (--{found['better']}).",
+        markup=False,
+    )
+
+
+def _add_pair(table: Table, name: str, ours: float, theirs: float) -> None:
+    difference = "-" if min(ours, theirs) < 0 else f"{ours - theirs:+.4f}"
+    table.add_row(Text(name), _number(ours), _number(theirs), difference)
 
 
 def _show_inputs(truth: Truth, predictions: Tables, paired: Pairing) -> None:
@@ -110,6 +176,13 @@ def _show_scores(scores: Evaluation) -> None:
         ("detections", f"{scores.num_predictions}"),
         ("missing", f"{scores.num_missing} images without a prediction: nothing found"),
         ("in error", f"{scores.num_errors} images: nothing found"),
+        *(
+            (
+                "note",
+                f"category {category} is {wanted!r} in the truth and {found!r} in the predictions",
+            )
+            for category, (wanted, found) in list(scores.renamed.items())[:CATEGORIES_SHOWN]
+        ),
     ]
     if scores.mask is None:
         rows.append(("masks", "are not compared: one side has boxes only"))
@@ -146,9 +219,8 @@ def _kinds(scores: Evaluation) -> dict[str, Metrics]:
     return {**masks, "box": scores.box}
 
 
-def _metrics(
-    truth: Truth, predictions: Tables, paired: Pairing, scores: Evaluation, confusion: Confusion
-) -> dict[str, Any]:
+def _metrics(truth: Truth, of: _Compared) -> dict[str, Any]:
+    predictions, paired, scores, confusion = of.predictions, of.paired, of.scores, of.confusion
     names: dict[int | None, str | None] = {BACKGROUND: None}
     names |= {category.id: name for name, category in scores.box.per_category.items()}
     return {

@@ -101,6 +101,7 @@ def make_order(training_set: TrainingSet, batch_size: int, seed: int) -> Order:
         batch_size=batch_size,
         window_chunks=max(1, min(by_rows, by_bytes)),
         seed=seed,
+        chunk_weights=training_set.weights,
     )
 
 

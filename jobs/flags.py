@@ -6,9 +6,11 @@ prints the effective configuration.
 
 import dataclasses
 import difflib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, Field
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import jsonargparse
 
@@ -56,6 +58,46 @@ def from_namespace(config_class: type[Config], values: jsonargparse.Namespace) -
     return config_class(**given)
 
 
+def gathered(config_class: type[Any], arguments: Sequence[str]) -> list[str]:
+    """Make one argument, a list, of the several values of a flag that takes a list: `--train A B`.
+
+    argparse could, but then a file's `train: A`, one value, would be refused.
+    """
+    hints = get_type_hints(config_class)
+    lists = {
+        "--" + name.replace("_", "-"): list[float] in get_args(hint)
+        for name, hint in hints.items()
+        if {list[str], list[float]} & set(get_args(hint))
+    }
+    result: list[str] = []
+    values: list[str] = []
+    for argument in [*arguments, "--"]:
+        if argument.startswith("--"):
+            if len(values) > 1 or (values and lists[result[-1]]):
+                numbers = lists[result[-1]]
+                values = [f"[{', '.join(v if numbers else json.dumps(v) for v in values)}]"]
+            result += values
+            values = []
+        if result and result[-1] in lists and not argument.startswith("--"):
+            values.append(argument)
+        else:
+            result.append(argument)
+    return result[:-1]
+
+
+def arguments_of(config: Any) -> list[str]:
+    """Return the flags that make a configuration: those that are not as they are by default."""
+    arguments = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value is True:
+            arguments.append(flag)
+        elif value != field.default:
+            arguments += [flag, str(value)]
+    return arguments
+
+
 class Parser(jsonargparse.ArgumentParser):
     """Adds the nearest known name to the error about an unknown one."""
 
@@ -73,10 +115,16 @@ class Parser(jsonargparse.ArgumentParser):
 def _add_flag(parser: jsonargparse.ArgumentParser, field: "Field[Any]", hint: Any) -> None:
     help_ = field.metadata["help"]
     if field.metadata["positional"]:
-        parser.add_argument(field.name, type=hint, help=help_)
+        if hint == list[str]:
+            parser.add_argument(field.name, type=str, nargs="+", help=help_)
+        else:
+            parser.add_argument(field.name, type=hint, help=help_)
         return
     flag = "--" + field.name.replace("_", "-")
-    if hint is bool:
+    if hint == list[str]:
+        given: Any = field.default
+        parser.add_argument(flag, type=str, nargs="+", default=list(given), help=help_)
+    elif hint is bool:
         parser.add_argument(flag, action="store_true", help=help_)
     elif field.default is MISSING:
         parser.add_argument(flag, type=hint, required=True, help=help_)

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 
 from jobs import chunks
 from jobs.chunks import Chunk
-from jobs.detect import FOOTER_WINDOW, Input, InputError, look, objects_of
+from jobs.detect import FOOTER_WINDOW, Input, InputError, objects_of
 from jobs.index import id_digest
 from jobs.plan import PLAN, Plan
 from jobs.read import Source, read_names
 from jobs.records import PLACES, Matched, PackError, some_of
 from jobs.store import ObjectInfo, StorageError, Store
 from jobs.tasks import in_order
+from jobs.versions import look_at_table
 from jobs.write import SUCCESS
 from segmodel.schema import PREDICTIONS
 
@@ -45,12 +46,12 @@ class _Rows:
 
 
 def look_at(uri: str, endpoint_url: str | None) -> Input:
-    """List a table: the output of `predict` or `pack`, or any folder of Parquet in the one schema.
+    """List a table: the output of `predict` or `pack`, any folder of Parquet in the one schema, or a version.
 
     Raises:
         InputError: There is none, or the job that writes it is not finished.
     """
-    found = look(uri, "parquet", endpoint_url)
+    found = look_at_table(uri, endpoint_url)
     store = found.store
     if store.info(PLAN) is not None and store.info(SUCCESS) is None:
         raise InputError(

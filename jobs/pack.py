@@ -84,7 +84,10 @@ def _finish(planned: Plan, sizes: Mapping[str, int], output: Store, *, has_recor
     footers = tally.read_footers(output, sizes.keys(), SHARDS_FOLDER)
     found = {name: write.Counts(**json.loads(of["counts"])) for name, of in footers.items()}
     counts = write.finish(output, sizes, found)
-    crowds, empty = (sum(int(of[name]) for of in footers.values()) for name in ("crowds", "empty"))
+    crowds, empty, unread = (
+        sum(int(of.get(name, 0)) for of in footers.values())
+        for name in ("crowds", "empty", "unread")
+    )
     manifest = {
         "plan_id": planned.plan_id,
         "counts": {
@@ -92,6 +95,7 @@ def _finish(planned: Plan, sizes: Mapping[str, int], output: Store, *, has_recor
             "crowds": crowds,
             "without_detections": empty,
             "left_out": head["left_out"],
+            "detections_of_failed": unread,
         },
         "categories": head["categories"],
         "job": dict(planned.job),
@@ -111,7 +115,11 @@ def _finish(planned: Plan, sizes: Mapping[str, int], output: Store, *, has_recor
         "Packed",
         [
             *(rows if has_records else rows[:1]),
-            ("in error", f"{counts.failed} images that cannot be read or were in error"),
+            (
+                "in error",
+                f"{counts.failed} images that cannot be read or were in error"
+                + (f"; {unread} instances on them are left out" if unread else ""),
+            ),
             *((f"  {kind}", f"{number}") for kind, number in sorted(counts.errors.items())),
             ("shards", output.url(f"{SHARDS_FOLDER}/*.parquet")),
         ],
@@ -201,6 +209,7 @@ def pack_chunk(
     started = time.perf_counter()
     sealed = unseal(block)
     images = sealed.table.to_pylist()
+    unread = 0
     if known is None:
         rows = [_row(image) for image in images]
     else:
@@ -209,6 +218,11 @@ def pack_chunk(
             _known_row(image, record, score_threshold)
             for image, record in zip(images, known_rows, strict=True)
         ]
+        unread = sum(
+            len(record["detections"])
+            for row, record in zip(rows, known_rows, strict=True)
+            if row["status"] == "error"
+        )
     crowds = sum(found["iscrowd"] for row in rows for found in row["detections"])
     empty = sum(row["status"] == "ok" and not row["detections"] for row in rows)
     with retries.counted() as again, traffic.counted() as moved:
@@ -216,7 +230,7 @@ def pack_chunk(
             output,
             sealed.chunk_id,
             pa.Table.from_pylist(rows, schema=TRAINING),
-            {"crowds": str(crowds), "empty": str(empty)},
+            {"crowds": str(crowds), "empty": str(empty), "unread": str(unread)},
             SHARDS_FOLDER,
             write.TRAINING_ROWS_PER_GROUP,
         )

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -26,6 +26,7 @@ from jobs import (
     preview,
     retries,
     sizing,
+    stages,
     tally,
     tasks,
     traffic,
@@ -37,6 +38,7 @@ from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console, duration, facts, size
 from jobs.detect import look
 from jobs.encode import Receipt
+from jobs.job import described
 from jobs.meter import Meter
 from jobs.metrics import Metrics
 from jobs.plan import Plan
@@ -49,7 +51,7 @@ from jobs.store import Store
 from jobs.weights import load_bundle
 from jobs.write import Counts
 from segmodel.bundle import Bundle
-from segmodel.schema import SCHEMA_VERSION
+from segmodel.settings import InferencePrecision, resolved
 
 
 def run(config: PredictConfig) -> int:
@@ -59,12 +61,11 @@ def run(config: PredictConfig) -> int:
     output = open_store(config.output, config.endpoint_url)
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
-    job = _job(config, bundle)
-    may_grow = connect(config.address)
+    pool = _lay_out(config, may_grow=(may_grow := connect(config.address)))
+    job = described(config, bundle, _precision(config, pool, plan.load(output)))
     if config.plan_only:
-        _preview(config, job, output, bundle, may_grow=may_grow)
+        _preview(config, job, output, bundle, pool, may_grow=may_grow)
         return 0
-    pool = _lay_out(config, may_grow=may_grow)
     planned = _planned(config, job, output, output)
     done = plan.finished_chunks(output).keys()
     work = _left(config, planned, output, done)
@@ -97,6 +98,7 @@ def _work_off(
     run_id, started = uuid.uuid4().hex, time.time()
     receipts: dict[str, Counts] = {}
     seconds: Counter[str] = Counter()
+    busy = stages.Stages(_places(pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
     images = 0
     todo = sum(len(w.positions) if w.positions else w.chunk.num_images for w in work)
     wanted = {
@@ -120,6 +122,7 @@ def _work_off(
             ):
                 receipts[receipt.chunk_id] = receipt.counts
                 seconds.update(receipt.seconds)
+                busy.add(receipt.seconds)
                 retries.add(receipt.retries)
                 traffic.add(receipt.traffic)
                 meter.add(receipt)
@@ -140,6 +143,7 @@ def _work_off(
         "seconds": round(took, 2),
         "images_per_second": round(images / took, 3),
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "busy": {name: round(share, 3) for name, share in busy.shares().items()},
         # Of all processes, planning included where this run planned.
         "retries": dict(retries.so_far()),
         "bytes": dict(traffic.so_far()),
@@ -163,31 +167,23 @@ def _log(receipt: Receipt) -> None:
     )
 
 
-def _job(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
-    """Return what results depend on: the same job may be resumed, another may not."""
-    threshold, most = config.score_threshold, config.max_detections
-    return {
-        # As the store names it: however it was spelled, and wherever the command was typed.
-        "input": open_store(config.input, config.endpoint_url).uri,
-        "format": config.format,
-        "model_digest": bundle.digest,
-        "score_threshold": bundle.score_threshold if threshold is None else threshold,
-        "max_detections": bundle.max_detections if most is None else most,
-        "precision": config.precision,
-        "tasks": config.tasks,
-        "chunk_size": config.chunk_size,
-        "limit": config.limit,
-        "image_column": config.image_column,
-        "max_pixels": config.max_pixels,
-        "schema_version": SCHEMA_VERSION,
-    }
+def _precision(config: PredictConfig, pool: Pool, frozen: Plan | None) -> InferencePrecision:
+    if config.precision == "auto" and frozen is not None:
+        # What it was at first: a job that goes on elsewhere keeps to it.
+        return cast("InferencePrecision", frozen.job["precision"])
+    return resolved(config.precision, "cuda" if pool.gpus_per_actor else "cpu")
 
 
 def _preview(
-    config: PredictConfig, job: Mapping[str, Any], output: Store, bundle: Bundle, *, may_grow: bool
+    config: PredictConfig,
+    job: Mapping[str, Any],
+    output: Store,
+    bundle: Bundle,
+    pool: Pool,
+    *,
+    may_grow: bool,
 ) -> None:
     """Show the plan and what it takes; nothing is written to the output."""
-    pool = _lay_out(config, may_grow=may_grow)
     with TemporaryDirectory() as folder:
         # The readers of loose images look into lists that lie beside a plan.
         lists = open_store(folder) if config.calibrate else None
@@ -320,6 +316,18 @@ def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
     )
 
 
+def _places(pool: Pool) -> dict[str, float]:
+    """Return how many chunks, or images, each stage can have in work at once."""
+    cpus, _ = resources()
+    return {
+        "read": cpus,
+        "decode": pool.max_actors * pool.threads,
+        "network": pool.max_actors,
+        "encode": cpus,
+        "write": cpus,
+    }
+
+
 def _source(config: PredictConfig, planned: Plan, output: Store) -> Source:
     return Source(
         store=open_store(planned.folder, config.endpoint_url),
@@ -333,7 +341,7 @@ def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle, output
     return Model(
         bundle=ray.put(bundle),
         categories=bundle.by_label(),
-        precision=config.precision,
+        precision=job["precision"],
         score_threshold=job["score_threshold"],
         max_detections=job["max_detections"],
         masks=config.tasks == "masks",
@@ -389,6 +397,8 @@ def _show_summary(counts: Counts, output: Store, of_run: Mapping[str, Any]) -> N
             ("this run", f"{of_run['images']} images in {duration(of_run['seconds'])}"),
             ("throughput", f"{of_run['images_per_second']:.2f} images/s"),
         ]
+    if busy := of_run.get("busy"):
+        rows.append(("busy", stages.in_words(busy)))
     if again := of_run.get("retries"):
         rows.append(("asked again", f"the store, after trouble ({retries.in_words(again)})"))
     if counts.failed:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.detect import Input, InputError, look, objects_of
+from jobs.detect import Input, InputError, objects_of
 from jobs.store import ObjectInfo, StorageError, Store
+from jobs.versions import look_at_table
 from jobs.write import FOOTER_THREADS
 
 NAMES = ("image_id", "shard", "key")
@@ -74,14 +75,14 @@ def open_tables(uri: str, endpoint_url: str | None) -> Tables:
 
     Args:
         uri: A Parquet object, or a folder with such objects anywhere; what is hidden or in a folder
-            with an underscore in front does not count.
+            with an underscore in front does not count. Or a data set, a version or a table of one (`versions`).
         endpoint_url: See `storage.open_store`.
 
     Raises:
         InputError: There are none, or one is not of the one schema.
         StorageError: One cannot be read.
     """
-    listed = look(uri, "parquet", endpoint_url)
+    listed = look_at_table(uri, endpoint_url)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         looks = [pool.submit(_look, listed.store, info) for info in objects_of(listed.objects)]
         parts = [one.result() for one in looks]

@@ -41,13 +41,14 @@ def run(config: TrainConfig) -> int:
     output = open_store(config.output, config.endpoint_url)
     may_grow = connect(config.address)
     workers, gpus = _lay_out(config, may_grow=may_grow)
+    config = train_task.settled(config, output, gpus=gpus)
     task = train_task.make(config, gpus=gpus)
     _refuse_no_step(config, task, workers[1])
     train_task.freeze(output, config, task)
     if output.info(write.SUCCESS) is not None:
         console.print(f"{config.output} is finished: nothing to do.")
         return 0
-    _show_plan(config, task, workers, checkpoints.last(output))
+    _show_plan(config, task, workers, checkpoints.last(output), gpus=gpus)
     started = time.time()
     job = Job(
         bundle=ray.put(task.bundle),
@@ -180,7 +181,15 @@ def _say_what_it_waits_for(least: int, quiet_s: float, *, gpus: bool) -> None:
     )
 
 
-def _show_plan(config: TrainConfig, task: Task, workers: tuple[int, int], at: str | None) -> None:
+def _arithmetic(precision: str, *, gpus: bool) -> str:
+    if precision == "bf16" and not gpus and not train_task.cpu_has_bf16():
+        return "bf16, which this processor only imitates: fp32 is many times as fast here"
+    return precision
+
+
+def _show_plan(
+    config: TrainConfig, task: Task, workers: tuple[int, int], at: str | None, *, gpus: bool
+) -> None:
     least, most = workers
     train, val, settings = task.train, task.val, task.bundle.settings
     skipped = f" ({train.num_skipped} in error are left out)" if train.num_skipped else ""
@@ -195,6 +204,7 @@ def _show_plan(config: TrainConfig, task: Task, workers: tuple[int, int], at: st
                 f"{settings.arch}, {settings.min_size} to {settings.max_size} pixels",
             ),
             ("workers", f"{least}" if least == most else f"{least} to {most}"),
+            ("arithmetic", _arithmetic(config.precision, gpus=gpus)),
             ("epochs", f"{config.epochs}, {config.batch_size} images of each worker at a time"),
         ],
     )

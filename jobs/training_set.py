@@ -1,4 +1,4 @@
-"""Packed sets to train on: which rows there are, found in the shards' footers, and how they are read."""
+"""Sets to train on, packed or versions of a data set: which rows there are, and how they are read."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs import documents
+from jobs import documents, versions
 from jobs.chunks import SHARDS_FOLDER
-from jobs.detect import InputError
+from jobs.detect import InputError, objects_of
 from jobs.storage import open_store
 from jobs.store import ObjectInfo, StorageError, Store
 from jobs.write import FOOTER_THREADS, FOOTER_WINDOW, MANIFEST
@@ -65,6 +65,7 @@ class TrainingSet:
         num_skipped: Rows in error.
         num_bytes: Of the row groups.
         digest: Changes whenever a shard does.
+        weights: The share of each chunk's set that an epoch has; empty where all of them have all.
     """
 
     chunks: tuple[RowGroup, ...]
@@ -73,41 +74,47 @@ class TrainingSet:
     num_skipped: int
     num_bytes: int
     digest: str
+    weights: tuple[float, ...] = ()
 
 
-def load(uris: Sequence[str], endpoint_url: str | None) -> TrainingSet:
-    """Look at one or more packed sets; their rows are taken together.
+def load(
+    uris: Sequence[str], endpoint_url: str | None, weights: Sequence[float] = ()
+) -> TrainingSet:
+    """Look at one or more sets; their rows are taken together.
 
     Args:
-        uris: Outputs of `pack`, each a folder with `_manifest.json` and `shards/*.parquet`.
+        uris: Outputs of `pack`, each a folder with `_manifest.json` and `shards/*.parquet`; data sets
+            (their current versions), or versions of one.
         endpoint_url: See `storage.open_store`.
+        weights: Of each set, more than 0 and at most 1; all 1 where empty.
 
     Raises:
-        InputError: Nothing is there, it is no packed set or not all of it, no row of it is ok, or the
+        InputError: Nothing is there, it is no set to train on or not all of it, no row of it is ok, or the
             sets' categories contradict each other.
     """
     chunks: list[RowGroup] = []
+    of_chunks: list[float] = []
     categories: dict[int, str] = {}
     digest = hashlib.sha256()
-    for uri in uris:
-        store = open_store(uri, endpoint_url)
-        infos = _shards(store)
-        manifest = _manifest(store)
-        for number, name in _categories(manifest):
+    for uri, weight in zip(uris, weights or [1.0] * len(uris), strict=True):
+        found = _open_set(uri, endpoint_url)
+        for number, name in found.categories:
             if categories.setdefault(number, name) != name:
                 raise InputError(
                     f"category {number} is {categories[number]!r} in one set and {name!r} in "
-                    f"{store.uri}: sets that are taken together need the same categories"
+                    f"{uri}: sets that are taken together need the same categories"
                 )
-        digest.update(json.dumps([(i.path, i.size, i.etag) for i in infos]).encode())
+        listed = [(i.path, i.size, i.etag) for i in found.infos]
+        digest.update(json.dumps(listed).encode())
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-            of_set = [
-                g for groups in pool.map(_row_groups, [store] * len(infos), infos) for g in groups
-            ]
-        _refuse_parts(store, manifest, len(infos), of_set)
+            stores = [found.store] * len(found.infos)
+            of_set = [g for groups in pool.map(_row_groups, stores, found.infos) for g in groups]
+        _refuse_parts(found, of_set)
         chunks += of_set
+        of_chunks += [weight] * len(of_set)
     digest.update(json.dumps(sorted(categories.items())).encode())
-    kept = tuple(chunk for chunk in chunks if chunk.num_rows)
+    weighted = [(c, w) for c, w in zip(chunks, of_chunks, strict=True) if c.num_rows]
+    kept = tuple(chunk for chunk, _ in weighted)
     if not kept:
         raise InputError(f"no row at {', '.join(uris)} is ok: there is nothing to train on")
     return TrainingSet(
@@ -117,6 +124,7 @@ def load(uris: Sequence[str], endpoint_url: str | None) -> TrainingSet:
         num_skipped=sum(len(chunk.skipped) for chunk in chunks),
         num_bytes=sum(chunk.num_bytes for chunk in kept),
         digest=digest.hexdigest(),
+        weights=tuple(weight for _, weight in weighted) if weights else (),
     )
 
 
@@ -163,6 +171,38 @@ def rows(chunks: Sequence[RowGroup]) -> Iterator[dict[str, Any]]:
                 yield batch.to_pylist()[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Set:
+    """One set: where it is, its shards and categories, and how many shards and rows it says it has."""
+
+    store: Store
+    infos: list[ObjectInfo]
+    categories: list[tuple[int, str]]
+    expected: tuple[Any, Any]
+
+
+def _open_set(uri: str, endpoint_url: str | None) -> _Set:
+    if (found := versions.find(uri, endpoint_url)) is not None:
+        version, name = found
+        infos = objects_of(version.table(name).objects)
+        total = version.manifest["counts"]["all"][name]
+        return _Set(
+            store=version.store,
+            infos=infos,
+            categories=_categories(version.manifest),
+            expected=(total["objects"], total["rows"]),
+        )
+    store = open_store(uri, endpoint_url)
+    infos = _shards(store)
+    manifest = _manifest(store)
+    return _Set(
+        store=store,
+        infos=infos,
+        categories=_categories(manifest),
+        expected=(manifest.get("shards"), manifest.get("counts", {}).get("images")),
+    )
+
+
 def _shards(store: Store) -> list[ObjectInfo]:
     infos = [i for i in store.list_objects(SHARDS_FOLDER) if i.path.endswith(".parquet")]
     if infos:
@@ -193,16 +233,14 @@ def _categories(manifest: Mapping[str, Any]) -> list[tuple[int, str]]:
     return [(category["id"], category["name"]) for category in manifest["categories"]]
 
 
-def _refuse_parts(
-    store: Store, manifest: Mapping[str, Any], num_shards: int, groups: Sequence[RowGroup]
-) -> None:
+def _refuse_parts(found: _Set, groups: Sequence[RowGroup]) -> None:
     """Refuse a set of which shards are missing, or to which others were added."""
     rows = sum(group.num_rows + len(group.skipped) for group in groups)
-    expected = manifest.get("shards"), manifest.get("counts", {}).get("images")
-    if (num_shards, rows) != expected:
+    expected = found.expected
+    if (len(found.infos), rows) != expected:
         raise InputError(
-            f"{store.uri} holds {num_shards} shards with {rows} rows, and was packed as {expected[0]} with "
-            f"{expected[1]}: copy all of it again, or pack it again"
+            f"{found.store.uri} holds {len(found.infos)} shards with {rows} rows, and was packed as "
+            f"{expected[0]} with {expected[1]}: copy all of it again, or pack it again"
         )
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jobs import documents, retries
 from jobs.chunks import PREDICTIONS_FOLDER, output_path
 from jobs.store import ChangedError, DamagedError, ObjectInfo, StorageError, Store
-from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, TRAINING
+from segmodel.schema import PREDICTIONS, SCHEMA_VERSION, SCHEMAS
 
 MANIFEST, SUCCESS = "_manifest.json", "_SUCCESS"
 # Footers are small: the wait for each is its cost.
@@ -90,7 +90,7 @@ def put_chunk(
     Args:
         output: The job's output.
         chunk_id: Of the plan; it names the object.
-        table: With the schema `PREDICTIONS` or `TRAINING`.
+        table: With one of `schema.SCHEMAS`.
         footer: More facts for the object's footer: model digest, run id.
         folder: Of the output.
         rows_per_group: Rows in a row group; all of them where None.
@@ -167,7 +167,7 @@ def _packed(
     table: pa.Table, footer: Mapping[str, str], rows_per_group: int | None
 ) -> tuple[bytes, Counts]:
     """Return the bytes of a chunk's object, and the counts in its footer."""
-    assert table.schema.equals(TRAINING if "image" in table.schema.names else PREDICTIONS)
+    assert any(table.schema.equals(known) for known in SCHEMAS)
     counts = count(table)
     facts = {
         "schema_version": SCHEMA_VERSION,

@@ -172,7 +172,8 @@ def resize(sample: Sample, size_hw: tuple[int, int]) -> Sample:
     masks = [_resized(mask, rows, columns) for mask in sample.masks]
     growth = np.array(size_hw[::-1], np.float32) / np.array(old_hw[::-1], np.float32)
     crowds_xyxy = sample.crowds_xyxy * np.tile(growth, 2)
-    return _moved(sample, _resized_image(sample.image, size_hw), masks, crowds_xyxy)
+    resized = _moved(sample, _resized_image(sample.image, size_hw), masks, crowds_xyxy)
+    return replace(resized, scale=sample.scale * float(growth.mean()))
 
 
 def crop(
@@ -317,6 +318,7 @@ def _moved(
         labels=sample.labels[kept],
         masks=tuple(mask for mask in masks if mask is not None),
         crowds_xyxy=crowds_xyxy,
+        scale=sample.scale,
     )
 
 

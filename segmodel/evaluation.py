@@ -7,7 +7,7 @@ detection: tables are streamed, parts of them matched in different processes and
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,6 +40,8 @@ class Evaluation:
         num_predictions: Detections in predictions.
         num_missing: Images of truth without a row in predictions; they count as nothing found.
         num_errors: Images whose prediction is in error; they count as nothing found.
+        renamed: Name in truth and in predictions, by id, of categories of which these differ. As in
+            pycocotools the id has the say.
     """
 
     box: Metrics
@@ -49,6 +51,7 @@ class Evaluation:
     num_predictions: int
     num_missing: int
     num_errors: int
+    renamed: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers, for JSON, without the curves."""
@@ -57,6 +60,10 @@ class Evaluation:
             "box": self.box.to_dict(),
             "mask": self.mask.to_dict() if self.mask is not None else None,
             **{name: getattr(self, name) for name in counts},
+            "renamed": [
+                {"category_id": category, "truth": wanted, "predictions": found}
+                for category, (wanted, found) in self.renamed.items()
+            ],
         }
 
 
@@ -233,6 +240,7 @@ class CocoMatches:
             num_predictions=self._predictions.num,
             num_missing=self._num_missing,
             num_errors=self._num_errors,
+            renamed=self._renamed(),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,6 +279,15 @@ class CocoMatches:
         names = {category: known[category] or str(category) for category in sorted(known)}
         uses = Counter(names.values())
         return {c: name if uses[name] == 1 else f"{name} ({c})" for c, name in names.items()}
+
+    def _renamed(self) -> dict[int, tuple[str, str]]:
+        both = self._truth.names.keys() & self._predictions.names.keys()
+        names = {c: (self._truth.names[c], self._predictions.names[c]) for c in sorted(both)}
+        return {
+            category: (wanted, found)
+            for category, (wanted, found) in names.items()
+            if wanted is not None and found is not None and wanted != found
+        }
 
     def _has_masks(self) -> bool:
         sides = {"truth": self._truth, "predictions": self._predictions}

@@ -3,14 +3,19 @@
 The content decides, never the name. JPEG (of a multi-picture file the first), PNG, WebP, TIFF
 (first page), BMP and GIF (first frame) are read; no other parser of Pillow can be reached. Colours
 are taken as stored: embedded profiles are not applied, as in the usual data sets and weights.
+
+JPEGs go through libjpeg-turbo's own interface (`simplejpeg`) first, which gives Pillow's pixels without
+its copies; whatever it does not take at once is left to Pillow, whose words become the error.
 """
 
 import io
 import struct
 from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -23,7 +28,16 @@ from PIL.WebPImagePlugin import WebPImageFile
 from segmodel import headers, tiff
 from segmodel.headers import Format, Header, ImageError, Kind
 
-__all__ = ["MAX_PIXELS", "PEAK_BYTES_PER_PIXEL", "ImageError", "Kind", "decode", "probe"]
+__all__ = [
+    "MAX_PIXELS",
+    "PEAK_BYTES_PER_PIXEL",
+    "ImageError",
+    "Kind",
+    "Picture",
+    "decode",
+    "decode_reduced",
+    "probe",
+]
 
 # 89 megapixels, what Pillow opens without a warning: whatever others read quietly is read here too.
 MAX_PIXELS = 1024**3 // 4 // 3
@@ -75,15 +89,32 @@ _DAMAGE = (
 )
 
 # How to bring a picture upright, by EXIF orientation (CIPA DC-008, tag 0x0112).
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: Mapping[int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
 }
+
+# Of four channels libjpeg-turbo makes no RGB, and there are two opinions on what is ink in them.
+_TURBO_COLOURS = ("YCbCr", "RGB", "Gray")
+# libjpeg-turbo has vector instructions for these reductions, not for 8/7 and the like.
+_REDUCTIONS = (2, 4, 8)
+
+
+class Picture(NamedTuple):
+    """A decoded picture that may have fewer pixels than its file.
+
+    Attributes:
+        pixels: (h, w, 3) uint8, RGB, upright, C-contiguous and writable.
+        size_hw: Height and width of the upright picture in the file.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    size_hw: tuple[int, int]
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
@@ -103,13 +134,32 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     Raises:
         ImageError: The file cannot be read whole; `kind` says why.
     """
+    return decode_reduced(data, max_pixels, None).pixels
+
+
+def decode_reduced(
+    data: bytes, max_pixels: int, needed: Callable[[tuple[int, int]], tuple[int, int]] | None
+) -> Picture:
+    """Decode an image file, a JPEG perhaps smaller than it is.
+
+    A JPEG whose sides are at least twice as long as needed is scaled while it is decoded, by one of
+    libjpeg's powers of two: its blocks of 8 x 8 pixels become blocks of 4, 2 or 1, which are then their
+    mean as the cosine transform has it, and not every second pixel.
+
+    Args:
+        data: The whole file.
+        max_pixels: As for `decode`; what the file states counts.
+        needed: What height and width are enough for an upright picture of a height and width; where
+            None, nothing is reduced.
+
+    Raises:
+        ImageError: The file cannot be read whole; `kind` says why.
+    """
     header = _read_header(data)
     _check_size(header, max_pixels)
     try:
-        image = _to_rgb(_load(header))
-        if header.orientation in _UPRIGHT:
-            image = image.transpose(_UPRIGHT[header.orientation])
-        return np.array(image)
+        pixels = _pixels(header, _reduction(header, needed))
+        return Picture(_upright(pixels, header.orientation), header.upright_hw)
     except ImageError:
         raise
     except MemoryError as error:
@@ -162,6 +212,48 @@ def _kind(message: str) -> Kind:
     if "unsupported" in message or "unknown pixel mode" in message:
         return "unsupported"
     return "corrupt"
+
+
+def _reduction(header: Header, needed: Callable[[tuple[int, int]], tuple[int, int]] | None) -> int:
+    """Return by what a JPEG's sides may be divided while it is decoded: 1, 2, 4 or 8."""
+    if needed is None or header.format != "jpeg":
+        return 1
+    enough = needed(header.upright_hw)
+    most = min(have // want for have, want in zip(header.upright_hw, enough, strict=True))
+    return max((n for n in _REDUCTIONS if n <= most), default=1)
+
+
+def _pixels(header: Header, reduction: int) -> npt.NDArray[np.uint8]:
+    if header.format == "jpeg":
+        pixels = _turbo(header, reduction)
+        if pixels is not None:
+            return pixels
+    return np.array(_to_rgb(_load(header)))
+
+
+def _turbo(header: Header, reduction: int) -> npt.NDArray[np.uint8] | None:
+    """Decode a JPEG with libjpeg-turbo, by the methods that Pillow asks it for too.
+
+    Returns:
+        (h, w, 3) uint8; None for what Pillow is to decode or to refuse: four channels, and whatever
+        libjpeg-turbo has a word to say about.
+    """
+    height, width = (-(-side // reduction) for side in header.size_hw)
+    try:
+        stated_h, stated_w, colours, _ = simplejpeg.decode_jpeg_header(header.data)
+        if (stated_h, stated_w) != header.size_hw or colours not in _TURBO_COLOURS:
+            return None
+        pixels = simplejpeg.decode_jpeg(
+            header.data, "RGB", min_height=height, min_width=width, min_factor=reduction
+        )
+    except ValueError:
+        return None
+    return cast("npt.NDArray[np.uint8]", pixels)
+
+
+def _upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    turn = _UPRIGHT.get(orientation)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 def _load(header: Header) -> ImageFile:

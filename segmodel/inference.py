@@ -1,6 +1,7 @@
 """Images to boxes, scores and small mask probabilities. Full-size masks are made nowhere here."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -8,14 +9,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 
 from segmodel.batching import batches
 from segmodel.bundle import Bundle
+from segmodel.lowering import keep_exact, lower
 from segmodel.model import mask_rcnn
+from segmodel.resize import Resizer
 from segmodel.schema import Detections
-from segmodel.settings import Precision, network_size
+from segmodel.settings import InferencePrecision, network_size, resolved
 
 Image = npt.NDArray[np.uint8]
 
@@ -28,7 +32,18 @@ CPU_BATCH_SIZE = 1
 # Decoded images that may wait for others of their shape, in batches.
 LOOK_AHEAD_BATCHES = 4
 
-_AUTOCAST = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "fp32-fast": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class _Busy(threading.local):
+    """Seconds that the calling thread has spent in the network."""
+
+    seconds = 0.0
 
 
 class Predictor:
@@ -43,7 +58,7 @@ class Predictor:
         self,
         bundle: Bundle,
         device: str = "auto",
-        precision: Precision = "auto",
+        precision: InferencePrecision = "auto",
         *,
         score_threshold: float | None = None,
         max_detections: int | None = None,
@@ -55,9 +70,10 @@ class Predictor:
         Args:
             bundle: The model.
             device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
-            precision: Arithmetic of the backbone and feature pyramid; heads, RoIAlign and
-                non-maximum suppression are always fp32. `auto` is fp32: no other has been proved
-                yet.
+            precision: `fp32` is torchvision's arithmetic to the bit. `fp32-fast` folds BatchNorm and has
+                other convolutions, which rounds otherwise. `bf16` and `fp16` are of the backbone and
+                feature pyramid; heads, RoIAlign and non-maximum suppression are always fp32. For
+                `auto` see `settings.resolved`.
             score_threshold: Drop what scores lower; the bundle's where None.
             max_detections: For each image, best first; the bundle's where None.
             batch_size: Images in a batch; where None, 8 on a GPU and 1 on a CPU.
@@ -77,29 +93,37 @@ class Predictor:
             raise ValueError(
                 f"batch_size ({batch_size}) and max_detections ({max_detections}) must be 1 or more"
             )
-        if precision not in _AUTOCAST:
-            raise ValueError(f"unknown precision {precision!r}: use {', '.join(_AUTOCAST)}")
+        self.precision = resolved(precision, self.device.type)
         self.batch_size = batch_size
         self.settings = bundle.settings
-        self.autocast_dtype = _AUTOCAST[precision]
+        self.masks = masks
+        self.busy = _Busy()
         # Called with the number of images in each batch that came through the network.
         self.on_batch: Callable[[int], None] | None = None
         self._lock = threading.Lock()
         # Images of a padded size that fit the device together, where they are fewer than a batch.
         self._fitting: dict[tuple[int, int], int] = {}
 
+        self.model = self._network(bundle)
+        heads = self.model.roi_heads
+        heads.score_thresh = bundle.score_threshold if score_threshold is None else score_threshold
+        heads.detections_per_img = max_detections
+        settings = bundle.settings
+        self._resizer = Resizer(settings.image_mean, settings.image_std)
+        as_channels = torch.tensor([settings.image_mean, settings.image_std])
+        self._mean, self._std = as_channels.to(self.device)[:, :, None, None]
+
+    def _network(self, bundle: Bundle) -> MaskRCNN:
         # The random weights, which are replaced at once, are not to disturb the caller's generator.
         with torch.random.fork_rng(devices=[]):
             model = mask_rcnn(bundle.settings)
         model.load_state_dict(dict(bundle.weights))
-        heads = model.roi_heads
-        heads.score_thresh = bundle.score_threshold if score_threshold is None else score_threshold
-        heads.detections_per_img = max_detections
-        if not masks:
-            heads.mask_roi_pool = None
-        self.model = model.eval().requires_grad_(requires_grad=False).to(self.device)
-        as_channels = torch.tensor([bundle.settings.image_mean, bundle.settings.image_std])
-        self._mean, self._std = as_channels.to(self.device)[:, :, None, None]
+        model.eval().requires_grad_(requires_grad=False)
+        if self.precision == "fp32":
+            keep_exact(model, self.device)
+        else:
+            lower(model, _DTYPES[self.precision], self.device)
+        return model.to(self.device)
 
     def predict(self, images: Sequence[Image]) -> list[Detections]:
         """Segment images.
@@ -189,25 +213,54 @@ class Predictor:
     def _predict_batch(self, images: list[Image]) -> list[Detections]:
         """Run the network on images of one padded size."""
         with self._lock, torch.inference_mode():
+            started = time.perf_counter()
             batch = self._to_batch(images)
-            with torch.autocast(
-                self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-            ):
-                features = self.model.backbone(batch.tensors)
+            features = self.model.backbone(batch.tensors.to(_DTYPES[self.precision]))
             features = {name: feature.float() for name, feature in features.items()}
             proposals, _ = self.model.rpn(batch, features)
-            found, _ = self.model.roi_heads(features, proposals, batch.image_sizes)
-            return [
+            found = self._detect(features, proposals, batch.image_sizes)
+            detections = [
                 _to_detections(one, image.shape[:2], size_hw)
                 for one, image, size_hw in zip(found, images, batch.image_sizes, strict=True)
             ]
+            self.busy.seconds += time.perf_counter() - started
+            return detections
+
+    def _detect(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Do what `RoIHeads` does, with the masks (N, M, M) of one class for each box."""
+        heads = self.model.roi_heads
+        hidden = heads.box_head(heads.box_roi_pool(features, proposals, sizes))
+        boxes, scores, labels = heads.postprocess_detections(
+            *heads.box_predictor(hidden), proposals, sizes
+        )
+        found = [
+            {"boxes": b, "scores": s, "labels": n}
+            for b, s, n in zip(boxes, scores, labels, strict=True)
+        ]
+        if self.masks:
+            hidden = heads.mask_head(heads.mask_roi_pool(features, boxes, sizes))
+            probs = heads.mask_predictor(hidden, torch.cat(labels)).sigmoid()
+            for one, masks in zip(found, probs.split([len(b) for b in boxes]), strict=True):
+                one["masks"] = masks
+        return found
 
     def _to_batch(self, images: list[Image]) -> ImageList:
         """Scale to 0..1, normalise, resize, pad: `GeneralizedRCNNTransform`, for one padded size."""
-        padded = torch.zeros((len(images), 3, *self._padded_size(images[0])), device=self.device)
+        layout = torch.contiguous_format if self.precision == "fp32" else torch.channels_last
+        shape = (len(images), 3, *self._padded_size(images[0]))
+        padded = torch.empty(shape, device=self.device, memory_format=layout).zero_()
         sizes = []
         for row, image in zip(padded, images, strict=True):
             height, width = network_size(self.settings, image.shape[:2])
+            sizes.append((height, width))
+            if self.device.type == "cpu":
+                self._resizer.write(image, row[:, :height, :width])
+                continue
             # torch refuses negative strides and warns of read-only memory: only those are copied.
             pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(self.device)
             # One float copy of the image and no more: it may have 89 megapixels.
@@ -216,7 +269,6 @@ class Predictor:
             row[:, :height, :width] = functional.interpolate(
                 normalised[None], size=(height, width), mode="bilinear", align_corners=False
             )[0]
-            sizes.append((height, width))
         return ImageList(padded, sizes)
 
 
@@ -240,6 +292,6 @@ def _to_detections(
         boxes_xyxy=boxes.float().cpu().numpy(),
         scores=found["scores"].float().cpu().numpy(),
         labels=found["labels"].cpu().numpy(),
-        mask_probs=None if masks is None else masks[:, 0].float().cpu().numpy(),
+        mask_probs=None if masks is None else masks.float().cpu().numpy(),
         size_hw=original_hw,
     )

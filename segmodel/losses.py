@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou, roi_align
 
 from segmodel import roi_align as roi_align_cpu
+from segmodel.settings import MaskTargets
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
@@ -37,22 +38,30 @@ class Target:
         labels: (N,) int64, 1 or more.
         crops: N masks, each (h, w) uint8 of 0 and 1, over its own box.
         crowds_xyxy: (C, 4) float32.
+        scale: Pixels of the network's input for one of the stored image.
     """
 
     boxes_xyxy: Tensor
     labels: Tensor
     crops: Sequence[Tensor]
     crowds_xyxy: Tensor
+    scale: float
 
 
 class LossSums(nn.Module):
     """A Mask R-CNN whose forward pass gives losses; what `DistributedDataParallel` wraps."""
 
-    def __init__(self, model: MaskRCNN, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: MaskRCNN,
+        autocast_dtype: torch.dtype | None = None,
+        mask_targets: MaskTargets = "torchvision",
+    ) -> None:
         """Take a model in training mode; RoIAlign, NMS and the losses stay fp32 in any case."""
         super().__init__()
         self.model = model
         self.autocast_dtype = autocast_dtype
+        self.mask_targets = mask_targets
 
     def forward(self, images: ImageList, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
         """Return the sums of the losses, and the counts to divide them by.
@@ -176,11 +185,15 @@ class LossSums(nn.Module):
         with self._autocast(pooled):
             logits = heads.mask_predictor(heads.mask_head(pooled))
         labels = torch.cat([one.labels[some] for one, some in zip(chosen, positive, strict=True)])
+        regions = boxes
+        if self.mask_targets == "pasted":
+            side = logits.shape[-1]
+            regions = [_spread(b, t.scale, side) for b, t in zip(boxes, targets, strict=True)]
         with torch.no_grad():
             wanted = [
                 project_masks(target, image_boxes, one.matched[some], size_hw, logits.shape[-1])
                 for target, image_boxes, one, some, size_hw in zip(
-                    targets, boxes, chosen, positive, images.image_sizes, strict=True
+                    targets, regions, chosen, positive, images.image_sizes, strict=True
                 )
             ]
         of_label = logits.float()[torch.arange(len(labels), device=labels.device), labels]
@@ -198,6 +211,22 @@ class _Chosen:
     labels: Tensor  # (P,) int64, 0 for background
     matched: Tensor  # (P,) int64, instance that each fits best
     matched_xyxy: Tensor  # (P, 4), its box
+
+
+def _spread(boxes_xyxy: Tensor, scale: float, side: int) -> Tensor:
+    """Return the regions over which the masks of boxes are pasted, on average.
+
+    `paste_masks_in_image` of torchvision pads a mask of M cells by one on each side and grows its box
+    likewise, cuts the corners down to whole pixels of the stored image, and takes the last pixel too:
+    M + 2 cells lie over half a pixel more at each side than they should, M cells over M / (M + 2) of it.
+
+    Args:
+        boxes_xyxy: (P, 4) float32, pixels of the network's input.
+        scale: Those pixels for one of the stored image.
+        side: M.
+    """
+    margin = 0.5 * scale * side / (side + 2)
+    return boxes_xyxy + boxes_xyxy.new_tensor([-margin, -margin, margin, margin])
 
 
 def project_masks(

@@ -146,8 +146,10 @@ def _fused_multiply_add(_context: Any, a: Any, _b: Any, _c: Any) -> Any:
     return a(a, a, a), lambda _context, builder, _signature, args: builder.fma(*args)
 
 
-# `_fma(a, b, c)` is a * b + c, rounded once. All three are float32.
-_fma: Callable[[np.float32, np.float32, np.float32], np.float32] = intrinsic(_fused_multiply_add)
+# `fused_multiply_add(a, b, c)` is a * b + c, rounded once. All three are float32.
+fused_multiply_add: Callable[[np.float32, np.float32, np.float32], np.float32] = intrinsic(
+    _fused_multiply_add
+)
 
 
 @_kernel
@@ -237,7 +239,11 @@ def _source(axis: _Axis, pixel: int, m: int) -> tuple[int, int, np.float32]:
     fuses multiplication and subtraction, the other one does not.
     """
     centre = np.float32(pixel - axis.origin) + _HALF
-    source = _fma(axis.scale, centre, -_HALF) if axis.small else axis.scale * centre - _HALF
+    source = (
+        fused_multiply_add(axis.scale, centre, -_HALF)
+        if axis.small
+        else axis.scale * centre - _HALF
+    )
     source = max(source, _ZERO)
     first = min(int(source), m - 1)
     weight = min(max(source - np.float32(first), _ZERO), _ONE)
@@ -303,7 +309,7 @@ def _blend(columns: Float32, sample: tuple[int, int, np.float32], column: Float3
     left, right, to_right = columns[sample[0]], columns[sample[1]], sample[2]
     to_left = _ONE - to_right
     for k in range(len(column)):
-        column[k] = _fma(left[k], to_left, right[k] * to_right)
+        column[k] = fused_multiply_add(left[k], to_left, right[k] * to_right)
 
 
 @_kernel
@@ -329,7 +335,7 @@ def _trace_column(
             if mask.small:
                 value = _interpolate(mask.columns, sample, k, down)
             else:
-                value = _fma(upper, _ONE - down, lower * down)
+                value = fused_multiply_add(upper, _ONE - down, lower * down)
             if (value > mask.threshold) != inside:
                 count = _toggle(toggles, count, base + y)
                 inside = not inside
@@ -347,9 +353,9 @@ def _interpolate(
     to_left, up = _ONE - to_right, _ONE - down
     lower = min(upper + 1, len(columns) - 1)
     total = columns[right, upper] * (up * to_right)
-    total = _fma(columns[left, upper], up * to_left, total)
-    total = _fma(columns[left, lower], down * to_left, total)
-    return _fma(columns[right, lower], down * to_right, total)
+    total = fused_multiply_add(columns[left, upper], up * to_left, total)
+    total = fused_multiply_add(columns[left, lower], down * to_left, total)
+    return fused_multiply_add(columns[right, lower], down * to_right, total)
 
 
 @_kernel

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from segmodel.schema import Int64
 
 # What a generator is for; the same seed never serves two purposes with the same numbers.
-_CHUNKS, _ROWS = 0, 1
+_CHUNKS, _ROWS, _SHARES = 0, 1, 5
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:
@@ -50,19 +50,22 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The sequence. Every row is in exactly one micro-batch of each epoch.
+    """The sequence. Every row is in exactly one micro-batch of each epoch, or in the share of epochs that
+    its chunk's weight says.
 
     Attributes:
         chunk_rows: The number of rows of each chunk, 1 or more.
         batch_size: Rows of a micro-batch; the last of a window may have fewer.
         window_chunks: Chunks whose rows are shuffled together.
         seed: 0 or more.
+        chunk_weights: The share of epochs that have each chunk, more than 0 and at most 1; all where empty.
     """
 
     chunk_rows: tuple[int, ...]
     batch_size: int
     window_chunks: int
     seed: int
+    chunk_weights: tuple[float, ...] = ()
     # The number of the first micro-batch of each epoch that was asked about, and of the one behind.
     # Epochs differ by a few, since the small last micro-batches of windows fall differently.
     _starts: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
@@ -72,6 +75,11 @@ class Order:
             raise ValueError("there is nothing to put in order, or a chunk without rows")
         if self.batch_size < 1 or self.window_chunks < 1 or self.seed < 0:
             raise ValueError("batch_size and window_chunks are 1 or more, seed is 0 or more")
+        weights = self.chunk_weights
+        if weights and (
+            len(weights) != len(self.chunk_rows) or not all(0 < weight <= 1 for weight in weights)
+        ):
+            raise ValueError("there is a weight for each chunk, more than 0 and at most 1")
 
     def start(self, epoch: int) -> int:
         """Return the number of an epoch's first micro-batch."""
@@ -108,8 +116,16 @@ class Order:
             number = first
 
     def _chunks(self, epoch: int) -> Int64:
-        """Return the chunks in the order of an epoch."""
-        return generator(self.seed, _CHUNKS, epoch).permutation(len(self.chunk_rows))
+        """Return the chunks of an epoch in its order."""
+        chunks = generator(self.seed, _CHUNKS, epoch).permutation(len(self.chunk_rows))
+        if not self.chunk_weights:
+            return chunks
+        # Systematic sampling: as many chunks as their weights sum up to, give or take one, each as often as its
+        # own says. What is nearly 1 of floats that should be is 1.
+        offset = generator(self.seed, _SHARES, epoch).random()
+        passed = np.floor(np.cumsum(np.array(self.chunk_weights)[chunks]) + offset + 1e-9)
+        drawn = chunks[np.diff(passed, prepend=0.0) > 0]
+        return drawn if len(drawn) else chunks[:1]
 
     def _counts(self, chunks: Int64) -> Int64:
         """Return how many micro-batches each window has."""

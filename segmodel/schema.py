@@ -60,6 +60,14 @@ _HUGGINGFACE = b'{"info": {"features": {"image": {"_type": "Image"}}}}'
 
 TRAINING = PREDICTIONS.append(pa.field("image", IMAGE)).with_metadata({"huggingface": _HUGGINGFACE})
 
+# Of a version of a data set: images that wait for a person, with why; what was rejected, with why the image as
+# a whole was (null where it was not) and why each of its detections.
+REVIEW = TRAINING.append(pa.field("reason", pa.string(), nullable=False))
+REJECTED = TRAINING.append(pa.field("reason", pa.string())).append(
+    pa.field("reasons", pa.list_(pa.string()), nullable=False)
+)
+SCHEMAS = (PREDICTIONS, TRAINING, REVIEW, REJECTED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Category:

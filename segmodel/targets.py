@@ -28,6 +28,7 @@ SAMPLES = pa.schema(
         ("windows", pa.list_(pa.int32())),
         ("bits", pa.binary()),
         ("crowds_xyxy", pa.list_(pa.float32())),
+        ("scale", pa.float32()),
     ]
 )
 
@@ -62,6 +63,7 @@ class Sample:
         masks: N crops.
         crowds_xyxy: (C, 4) float32, pixels: regions of uncounted instances, where nothing that is
             found is wrong.
+        scale: Pixels of this image for one of the image as it was stored.
     """
 
     image_id: str
@@ -69,6 +71,7 @@ class Sample:
     labels: Int64
     masks: tuple[Crop, ...]
     crowds_xyxy: Float32
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         assert len(self.labels) == len(self.masks)
@@ -139,6 +142,7 @@ def to_table(samples: Sequence[Sample]) -> pa.Table:
         [_windows(sample).reshape(-1) for sample in samples],
         [_bits(sample) for sample in samples],
         [sample.crowds_xyxy.reshape(-1) for sample in samples],
+        [sample.scale for sample in samples],
     ]
     arrays = [pa.array(c, field.type) for c, field in zip(columns, SAMPLES, strict=True)]
     return pa.table(arrays, schema=SAMPLES)
@@ -173,6 +177,7 @@ def _from_row(row: Mapping[str, Any], pixels: pa.Buffer) -> Sample:
             for (top, left, h, w), part in zip(windows.tolist(), parts, strict=True)
         ),
         crowds_xyxy=np.array(row["crowds_xyxy"], np.float32).reshape(-1, 4),
+        scale=row["scale"],
     )
 
 

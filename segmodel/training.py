@@ -21,7 +21,7 @@ from segmodel.freezing import freeze_norm, frozen_stages
 from segmodel.inference import SIZE_DIVISOR
 from segmodel.losses import LOSSES, LossSums, Target
 from segmodel.model import mask_rcnn
-from segmodel.settings import ModelSettings, Precision
+from segmodel.settings import MaskTargets, ModelSettings, Precision
 from segmodel.statistics import measure_statistics
 from segmodel.targets import Sample
 
@@ -67,6 +67,7 @@ class Recipe:
         freeze_stages: Of the backbone, from the image on, that stay as they are.
         proposals_per_image: Drawn for class, box and mask loss, a quarter of them positive at most;
             the mask head's part of a step's cost grows with it.
+        mask_targets: See `losses.MaskTargets`.
         seed: Of everything that is drawn.
     """
 
@@ -84,6 +85,7 @@ class Recipe:
     norm: Norm = "train"
     freeze_stages: int = 0
     proposals_per_image: int = 512
+    mask_targets: MaskTargets = "torchvision"
     seed: int = 0
 
 
@@ -143,6 +145,7 @@ def _to_target(sample: Sample, device: torch.device) -> Target:
         labels=torch.from_numpy(sample.labels).to(device),
         crops=[part.view(shape) for part, shape in zip(parts, shapes, strict=True)],
         crowds_xyxy=torch.from_numpy(sample.crowds_xyxy).to(device),
+        scale=sample.scale,
     )
 
 
@@ -172,7 +175,7 @@ class Trainer:
         self.model.to(device, memory_format=torch.channels_last).train()
         self._freeze()
         self.average = _copy(self.model.state_dict()) if recipe.ema_decay else None
-        losses = LossSums(self.model, _AUTOCAST[recipe.precision])
+        losses = LossSums(self.model, _AUTOCAST[recipe.precision], recipe.mask_targets)
         self._network: nn.Module = losses
         if self.num_workers > 1:
             # Training uses the statistics of batches; the running ones differ between workers until

@@ -1,6 +1,6 @@
 """`make bench`: measure, append the rows to `results.csv` and print them. Name parts to run only those.
 
-python -m tests.bench [masks] [cost] [memory] [training] [gpu] [bookkeeping] [sizing]
+python -m tests.bench [masks] [cost] [memory] [training] [gpu] [stages] [whole] [precision] [bookkeeping] [sizing]
 """
 
 import sys
@@ -10,8 +10,11 @@ from tests.bench import (
     bench_gpu,
     bench_job,
     bench_masks,
+    bench_precision,
     bench_sizing,
+    bench_stages,
     bench_train,
+    bench_whole,
     results,
 )
 
@@ -38,6 +41,9 @@ PARTS = {
     "memory": bench_job.memory,
     "training": bench_train.training,
     "gpu": bench_gpu.gpu,
+    "stages": bench_stages.stages,
+    "whole": bench_whole.whole,
+    "precision": bench_precision.precision,
     "bookkeeping": bench_bookkeeping.bookkeeping,
     "sizing": bench_sizing.sizing,
 }

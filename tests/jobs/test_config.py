@@ -1,7 +1,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -17,7 +17,9 @@ from jobs.config import (
     PredictConfig,
     TrainConfig,
 )
-from jobs.flags import from_namespace, parser_for
+from jobs.flags import arguments_of, from_namespace, gathered, parser_for
+from jobs.label_config import LabelConfig
+from jobs.submit_config import SubmitConfig
 
 CLASSES = list(VERBS.values())
 
@@ -33,12 +35,15 @@ def as_arguments(class_: type[Any], values: dict[str, Any]) -> list[str]:
         if field.name not in values:
             continue
         value = values[field.name]
+        # Lists of numbers are one argument, as `gathered` makes it.
+        several = isinstance(value, list) and isinstance(value[0], str)
+        words = value if several else [str(value)]
         if field.metadata["positional"]:
-            arguments.append(str(value))
+            arguments += words
         elif isinstance(value, bool):
             arguments += [flag(field.name)] * value
         else:
-            arguments += [flag(field.name), str(value)]
+            arguments += [flag(field.name), *words]
     return arguments
 
 
@@ -47,7 +52,9 @@ def parsed(class_: type[Any], arguments: list[str]) -> Any:
 
 
 # Fields whose range has none of the values below.
-SPECIAL = {"freeze_stages": 2, "examples": 7}
+SPECIAL = {"freeze_stages": 2, "examples": 7, "train_weights": [0.25]}
+# What `label` needs, unless something else is asked for.
+TO_LABEL = {"input": "in", "model": "model", "policy": "policy.yaml"}
 
 
 def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
@@ -55,6 +62,8 @@ def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
     if field.name in SPECIAL:
         return SPECIAL[field.name]
     hint = get_type_hints(class_)[field.name]
+    if get_origin(hint) is list:
+        return ["some text", "more"]
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
     if get_args(kinds[0]):  # the choices of an optional field
         kinds = list(get_args(kinds[0]))
@@ -67,11 +76,12 @@ def another_value(class_: type[Any], field: "dataclasses.Field[Any]") -> Any:
 def needed(class_: type[Any]) -> dict[str, Any]:
     """Values of the fields that have no default."""
     fields = dataclasses.fields(class_)
-    return {
+    values = {
         field.name: another_value(class_, field)
         for field in fields
         if field.default is dataclasses.MISSING
     }
+    return {**values, **(TO_LABEL if class_ is LabelConfig else {})}
 
 
 # What a field cannot do without.
@@ -158,6 +168,8 @@ def test_the_printed_configuration_is_one(
                 (TrainConfig, "model"),
             ),
             (ExportConfig, "image_prefix"),
+            (SubmitConfig, "stop"),
+            *((LabelConfig, name) for name in ("list", "show", "promote", "reviewed")),
         )
     }
     arguments = as_arguments(class_, values)
@@ -357,5 +369,44 @@ def test_other_workers_are_refused(workers: str) -> None:
 @pytest.mark.parametrize("recipe", sorted(Path(config.__file__).parent.glob("recipes/*.yaml")))
 def test_the_recipes_are_configurations_of_train(recipe: Path) -> None:
     found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
-    assert found.arch == "small"
+    # The small network, or what a bundle brings that is trained on.
+    assert found.arch == (None if recipe.name == "demo-fine.yaml" else "small")
     assert found.epochs == yaml.safe_load(recipe.read_text())["epochs"]
+
+
+def test_several_values_of_a_flag_are_one_list(tmp_path: Path) -> None:
+    def sets(*arguments: str) -> tuple[list[str], list[float] | None]:
+        found = parsed(TrainConfig, gathered(TrainConfig, [*arguments, "--output", "out"]))
+        return found.train_sets, found.train_weights
+
+    assert sets("--train", "a") == (["a"], None)
+    assert sets("--train", "a b", "c: d", "--epochs", "3") == (["a b", "c: d"], None)
+    assert sets("--train", "a", "b", "--train-weights", "1", "0.5") == (["a", "b"], [1, 0.5])
+    assert sets("--train-weights", "0.5", "--train", "a") == (["a"], [0.5])
+    file = tmp_path / "c.yaml"
+    for text, expected in (("train: a", ["a"]), ("train: [a, b]", ["a", "b"])):
+        file.write_text(text)
+        assert sets("--config", str(file)) == (expected, None)
+    for weights, message in (([1.0], "has 1 numbers, and --train 2"), ([1.0, 0.0], "more than 0")):
+        with pytest.raises(ConfigError, match=message):
+            TrainConfig(train=["a", "b"], output="out", train_weights=weights)
+
+
+def test_the_arguments_of_a_configuration_make_it() -> None:
+    made = PredictConfig(input="a b", output="o", model="m", score_threshold=0.0, frozen_plan=True)
+    assert parsed(PredictConfig, arguments_of(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "--input, --model, --policy must be given to label"),
+        ({"dry_run": True}, "--input must be given"),
+        ({"list": True, "show": 3}, "--list and --show exclude one another"),
+        ({**TO_LABEL, "max_drift": 1.5}, "--max-drift must be from 0 to 1"),
+        ({"promote": 0}, "--promote must be 1 or more"),
+    ],
+)
+def test_what_label_cannot_do_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LabelConfig(dataset="set", **values)

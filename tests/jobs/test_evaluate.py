@@ -311,6 +311,28 @@ def test_boxes_alone_and_one_loose_object(
     assert "one side has boxes only" in capsys.readouterr().out
 
 
+def test_another_name_for_an_id_is_said(
+    made: tuple[Path, Row, list[Row]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _, predictions = made
+    before = run(folder)
+    assert before.pop("renamed") == []
+    number, name = next(
+        (d["category_id"], d["category"]) for r in predictions for d in r["detections"]
+    )
+    for row in predictions:
+        for item in row["detections"]:
+            if item["category_id"] == number:
+                item["category"] = "another"
+    put_rows(open_store(str(folder)), "renamed.parquet", predictions)
+    after = run(folder, "--predictions", str(folder / "renamed.parquet"))
+    wanted = {"category_id": number, "truth": name, "predictions": "another"}
+    assert after["renamed"] == [wanted]
+    assert after["mask"] == before["mask"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"category {number} is '{name}' in the truth and 'another' in the predictions" in said
+
+
 def test_base_names_and_an_unfinished_job_are_said(
     made: tuple[Path, Row, list[Row]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -412,3 +434,40 @@ def test_real_annotations(name: str, tmp_path: Path) -> None:
     metrics = run(tmp_path)
     assert_stock(metrics, file, rows)
     assert 0 < metrics["mask"]["AP"] < 1
+
+
+def test_one_table_is_held_against_another(
+    made: tuple[Path, Row, list[Row]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file, predictions = made
+    worse = [{**row, "detections": row["detections"][1:]} for row in predictions]
+    put_predictions(open_store(str(folder / "worse")), worse)
+    other = str(folder / "worse")
+    metrics = run(folder, "--against", other)
+    assert_stock(metrics, file, predictions)
+    assert_stock(metrics["against"], file, worse)
+    ours, theirs = metrics["mask"]["AP"], metrics["against"]["mask"]["AP"]
+    assert ours > theirs
+    verdict = {"by": "mask AP", "predictions": ours, "against": theirs, "better": "predictions"}
+    assert metrics["against"]["better"] == verdict
+    said = capsys.readouterr().out
+    assert f"Better by {ours - theirs:.4f} mask AP: " in said
+    assert f"{folder / 'table'} (--predictions)" in said
+    assert "mask AP of cat" in said
+
+    assert main(_arguments(folder, "--predictions", other, "--against", str(folder / "table"))) == 0
+    assert f"{folder / 'table'} (--against)" in capsys.readouterr().out
+    assert main(_arguments(folder, "--against", str(folder / "table"))) == 0
+    assert "Neither is better" in capsys.readouterr().out
+    # Boxes alone are compared by their boxes.
+    bare = [
+        {
+            **row,
+            "detections": [{**d, "segmentation": None, "area": None} for d in row["detections"]],
+        }
+        for row in predictions
+    ]
+    put_predictions(open_store(str(folder / "bare")), bare)
+    metrics = run(folder, "--against", str(folder / "bare"))
+    assert metrics["against"]["better"]["by"] == "box AP"
+    assert metrics["against"]["better"]["better"] == "neither"

@@ -219,18 +219,24 @@ def test_images_without_a_record_are_left_out_and_counted(
     assert after == before
 
 
-def test_an_image_that_cannot_be_read_is_a_row_in_error(place: Place) -> None:
+def test_an_image_that_cannot_be_read_is_a_row_in_error(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, file, _ = place
     (root / "in" / "a" / "4.png").write_bytes(b"no image")
     assert pack_as(root, file) == 0
     rows = {row["key"]: row for row in packed_rows(open_store(str(root / "out")))}
     assert len(rows) == 7
+    (lost,) = [i["id"] for i in file["images"] if i["file_name"].endswith("4.png")]
+    instances = sum(a["image_id"] == lost for a in file["annotations"])
     bad = rows.pop("4.png")
     assert (bad["status"], bad["detections"], bad["image"]) == ("error", [], None)
     assert bad["error"].startswith("unknown_format: ")
     assert {row["status"] for row in rows.values()} == {"ok"}
     counts = json.loads((root / "out" / "_manifest.json").read_text())["counts"]
     assert counts["errors"] == {"unknown_format": 1}
+    assert counts["detections_of_failed"] == instances > 0
+    assert f"{instances} instances on them are left out" in capsys.readouterr().out
 
 
 def test_names_may_be_base_names_where_one_image_has_them(

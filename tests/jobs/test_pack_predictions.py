@@ -104,6 +104,7 @@ def test_rows_get_their_images(place: Place, jpeg: Callable[..., bytes]) -> None
         "crowds": 0,
         "without_detections": 1,
         "left_out": 3,
+        "detections_of_failed": 0,
     }
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import training_set
+from jobs import feed, training_set, versions
 from jobs.detect import InputError
 from jobs.storage import open_store
 from jobs.store import ChangedError, StorageError, Store
@@ -190,3 +190,44 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, put_packed: PutPacked) -> Non
     read_chunk(found.chunks[0])
     with pytest.raises(StorageError, match=r"row group 1 of .*00000000\.parquet is damaged"):
         read_chunk(found.chunks[1])
+
+
+def test_a_version_of_a_data_set_is_a_set_to_train_on(
+    tmp_path: Path, put_packed: PutPacked
+) -> None:
+    dataset, packed = tmp_path / "set", tmp_path / "packed"
+    rows = put_packed(open_store(str(dataset / "versions" / "1" / "x")), 12)
+    (dataset / "versions" / "1" / "x" / "shards").rename(
+        dataset / "versions" / "1" / "x" / "accepted"
+    )
+    store = open_store(str(dataset))
+    infos = list(store.list_objects("versions/1/x/accepted"))
+    facts = {"rows": 12, "detections": 12, "first": "all#0.jpg", "last": "all#9.jpg"}
+    listed = versions.listing("accepted", infos, [facts])
+    versions.put_table(store, "versions/1/x/objects.parquet", listed)
+    manifest = {
+        **{"run_id": "r", "status": "published", "objects": "versions/1/x/objects.parquet"},
+        "categories": [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}],
+        "counts": {"all": {"accepted": {"objects": 1, "rows": 12}}},
+    }
+    assert versions.publish(store, 1, manifest)
+    for uri in (dataset, dataset / "versions" / "1"):
+        found = load([str(uri)], None)
+        assert found.categories == ((1, "person"), (3, "car"))
+        assert read(found) == expected(rows)
+        assert found.weights == ()
+
+    put_packed(open_store(str(packed)), 7)
+    both = load([str(packed), str(dataset)], None, [1.0, 0.5])
+    assert both.num_rows == 19
+    # Row groups of 5: two of the packed set, three of the version.
+    assert both.weights == (1.0, 1.0, 0.5, 0.5, 0.5)
+    order = feed.make_order(both, 2, 0)
+    assert order.chunk_weights == both.weights
+
+    lost = {**manifest, "counts": {"all": {"accepted": {"objects": 2, "rows": 30}}}}
+    assert versions.publish(store, 2, lost)
+    with pytest.raises(
+        InputError, match="holds 1 shards with 12 rows, and was packed as 2 with 30"
+    ):
+        load([str(dataset)], None)

@@ -67,7 +67,8 @@ def _spread(layer: nn.Linear | nn.Conv2d, inputs: Tensor, std: float) -> None:
 
 
 @cache
-def _lively_weights(arch: Architecture, num_classes: int) -> Mapping[str, Tensor]:
+def lively_weights(arch: Architecture, num_classes: int) -> Mapping[str, Tensor]:
+    """Return random weights that find many different things."""
     settings = ModelSettings(arch=arch, num_classes=num_classes, min_size=64, max_size=96)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
@@ -86,7 +87,7 @@ def lively() -> MakeBundle:
                 arch=arch, num_classes=num_classes, min_size=min_size, max_size=max_size
             ),
             categories=CATEGORIES[: num_classes - 1],
-            weights=_lively_weights(arch, num_classes),
+            weights=lively_weights(arch, num_classes),
             score_threshold=0.02,
             max_detections=30,
         )

@@ -396,3 +396,7 @@ class TestWords:
         assert [(c.id, n) for n, c in evaluation.box.per_category.items()] == [
             *((1, "a (1)"), (2, "a (2)"), (5, "5"), (9, "b"))
         ]
+        assert evaluation.renamed == {1: ("a", "b")}
+        assert evaluation.to_dict()["renamed"] == [
+            {"category_id": 1, "truth": "a", "predictions": "b"}
+        ]

@@ -4,21 +4,22 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pycocotools.mask as coco
 import pytest
 import torch
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
-from torchvision.ops import box_iou
+from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from segmodel import masks
 from segmodel.bundle import Bundle
 from segmodel.inference import LOOK_AHEAD_BATCHES, Image, Predictor
 from segmodel.model import mask_rcnn
 from segmodel.schema import Detections, Rle
-from segmodel.settings import Precision
+from segmodel.settings import Architecture, Precision
+from segmodel.winograd import WinogradConv2d
 
 MakeBundle = Callable[..., Bundle]
 MakeImage = Callable[..., Image]
@@ -131,7 +132,7 @@ def test_agrees_exactly_with_torchvision(
     sizes: Sequence[tuple[int, int]],
 ) -> None:
     bundle = lively(arch, 4, *network_hw)
-    predictor, model = Predictor(bundle, "cpu"), torchvision_model(bundle)
+    predictor, model = Predictor(bundle, "cpu", "fp32"), torchvision_model(bundle)
     labels: set[int] = set()
     for size in sizes:
         found = predictor.predict([image(*size)])[0]
@@ -143,7 +144,7 @@ def test_agrees_exactly_with_torchvision(
 
 def test_agrees_exactly_with_torchvision_at_full_size(lively: MakeBundle, image: MakeImage) -> None:
     bundle = lively("maskrcnn_resnet50_fpn", 4, 800, 1333)
-    found = Predictor(bundle, "cpu").predict([image(480, 640)])[0]
+    found = Predictor(bundle, "cpu", "fp32").predict([image(480, 640)])[0]
     assert len(found) == bundle.max_detections
     assert_as_torchvision(found, run(torchvision_model(bundle), image(480, 640)))
 
@@ -153,12 +154,12 @@ def test_agrees_exactly_with_torchvision_of_another_normalisation(
 ) -> None:
     settings = replace(small.settings, image_mean=(0.3, 0.4, 0.6), image_std=(0.5, 0.25, 0.2))
     other = replace(small, settings=settings, digest="")
-    found = Predictor(other, "cpu").predict([image(90, 120)])[0]
+    found = Predictor(other, "cpu", "fp32").predict([image(90, 120)])[0]
     model = torchvision_model(other)
     model.transform.image_mean, model.transform.image_std = [0.3, 0.4, 0.6], [0.5, 0.25, 0.2]
     assert_as_torchvision(found, run(model, image(90, 120)))
     assert not np.array_equal(
-        found.boxes_xyxy, Predictor(small, "cpu").predict([image(90, 120)])[0].boxes_xyxy
+        found.boxes_xyxy, Predictor(small, "cpu", "fp32").predict([image(90, 120)])[0].boxes_xyxy
     )
 
 
@@ -293,7 +294,7 @@ def test_one_batch_is_in_the_network_at_a_time(small: Bundle, image: MakeImage) 
         inside -= 1
 
     predictor.model.backbone.register_forward_pre_hook(enter)
-    predictor.model.roi_heads.register_forward_hook(leave)
+    predictor.model.roi_heads.box_predictor.register_forward_hook(leave)
     start = threading.Barrier(2)
 
     def predict(_number: int) -> None:
@@ -353,8 +354,10 @@ def test_a_threshold_of_zero_is_not_the_bundles(small: Bundle, image: MakeImage)
     assert len(Predictor(strict, "cpu", score_threshold=0).predict([image(64, 64)])[0]) > 0
 
 
-def test_auto_precision_is_fp32(small: Bundle, alone: list[Detections], image: MakeImage) -> None:
-    found = Predictor(small, "cpu", "fp32").predict([image(*MIXED[0])])[0]
+def test_auto_precision_on_cpus_is_fast(
+    small: Bundle, alone: list[Detections], image: MakeImage
+) -> None:
+    found = Predictor(small, "cpu", "fp32-fast").predict([image(*MIXED[0])])[0]
     assert_equal(found, alone[0])
 
 
@@ -366,6 +369,21 @@ def matched(found: Detections, expected: Detections) -> float:
     same = expected.labels[:, None] == found.labels
     near = np.abs(expected.scores[:, None] - found.scores) < 0.1
     return float((same & near & (ious > 0.5)).any(axis=1).mean())
+
+
+@pytest.mark.parametrize("arch", get_args(Architecture))
+def test_fast_is_fp32_but_for_roundings(
+    lively: MakeBundle, image: MakeImage, arch: Architecture
+) -> None:
+    bundle = lively(arch, 4, 64, 96)
+    fast, exact = Predictor(bundle, "cpu", "fp32-fast"), Predictor(bundle, "cpu", "fp32")
+    modules = list(fast.model.modules())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d | FrozenBatchNorm2d) for m in modules)
+    assert any(isinstance(module, WinogradConv2d) for module in modules)
+    for size in MIXED[:2]:
+        found, expected = (one.predict([image(*size)])[0] for one in (fast, exact))
+        assert len(found) == len(expected) == bundle.max_detections
+        assert share_kept(found, expected) >= 0.9
 
 
 @pytest.mark.parametrize(("precision", "share"), [("bf16", 0.5), ("fp16", 0.9)])
@@ -390,7 +408,7 @@ def test_half_precision_is_close(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp8"}, "unknown precision 'fp8': use auto, fp32, bf16, fp16"),
+        ({"precision": "fp8"}, "unknown precision 'fp8': use auto, fp32, fp32-fast, bf16, fp16"),
         ({"batch_size": 0}, r"batch_size \(0\) and max_detections \(30\) must be 1 or more"),
         ({"max_detections": 0}, r"max_detections \(0\) must be 1 or more"),
     ],

@@ -1,6 +1,7 @@
 """The five losses against torchvision's, and what differs from it on purpose."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
-from segmodel.losses import LOSSES, LossSums, project_masks
+from segmodel import masks
+from segmodel.augment import resize
+from segmodel.losses import LOSSES, LossSums, _spread, project_masks
 from segmodel.model import mask_rcnn
+from segmodel.rle import decode
 from segmodel.settings import ModelSettings
-from segmodel.targets import Crop, Sample
+from segmodel.targets import Crop, Sample, tight
 from segmodel.training import to_device
 from tests.segmodel.training_samples import SIZE_HW, as_torchvision, bundle, full_mask, sample
 
@@ -129,3 +133,43 @@ def test_autocast_stays_near_and_gives_float32() -> None:
         assert sums.dtype == torch.float32
         found.append((sums / counts).detach())
     torch.testing.assert_close(found[1], found[0], rtol=0.1, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_masks_that_were_trained_to_be_pasted_fit_the_truth_better_once_they_are() -> None:
+    """What a perfect network would give: its targets, pasted, against the masks they are of."""
+    rng = np.random.default_rng(0)
+    scale, size_hw = 2.0, (120, 160)
+    found: dict[str, list[float]] = {"torchvision": [], "pasted": []}
+    for _ in range(60):
+        mask = _ring(rng, size_hw)
+        crop = tight(0, 0, mask)
+        assert crop is not None
+        one = Sample(
+            image_id="x",
+            image=np.zeros((*size_hw, 3), np.uint8),
+            labels=np.ones(1, np.int64),
+            masks=(crop,),
+            crowds_xyxy=np.zeros((0, 4), np.float32),
+        )
+        _, (target,) = to_device(
+            [resize(one, (size_hw[0] * 2, size_hw[1] * 2))], bundle().settings, CPU
+        )
+        assert target.scale == scale
+        box = one.boxes_xyxy + rng.normal(0, 0.6, (1, 4)).astype(np.float32)
+        boxes = torch.from_numpy(box * np.float32(scale))
+        for way, region in (("torchvision", boxes), ("pasted", _spread(boxes, target.scale, 28))):
+            probs = project_masks(target, region, torch.zeros(1, dtype=torch.int64), (240, 320), 28)
+            (rle,) = masks.encode(probs.numpy(), box, size_hw)
+            shown = decode(rle)
+            found[way].append(float((shown & mask).sum() / (shown | mask).sum()))
+    before, after = (float(np.mean(found[way])) for way in ("torchvision", "pasted"))
+    assert 1 - after < 0.8 * (1 - before)
+
+
+def _ring(rng: np.random.Generator, size_hw: tuple[int, int]) -> Any:
+    y, x = np.mgrid[: size_hw[0], : size_hw[1]]
+    outer = rng.uniform(8, 25)
+    middle_y, middle_x = (rng.uniform(outer + 2, size - outer - 2) for size in size_hw)
+    distance = np.hypot(y - middle_y, x - middle_x)
+    return (distance <= outer) & (distance >= outer * rng.uniform(0, 0.5))

@@ -157,3 +157,40 @@ def test_generators_of_different_keys_differ() -> None:
 def test_what_cannot_be_put_in_order_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"nothing to put in order|1 or more"):
         Order(**{"chunk_rows": (3,), "batch_size": 1, "window_chunks": 1, "seed": 0, **wrong})
+
+
+def test_a_chunk_is_in_as_many_epochs_as_its_weight_says() -> None:
+    weights = (1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25)
+    order = Order(chunk_rows=(3,) * 7, batch_size=2, window_chunks=2, seed=5, chunk_weights=weights)
+    epochs = 400
+    seen = np.zeros(7)
+    for epoch in range(epochs):
+        found = sequence(order, order.start(epoch), order.start(epoch + 1))
+        rows = [row for batch in found.values() for row in batch]
+        assert len(set(rows)) == len(rows)
+        chunks = {chunk for chunk, _ in rows}
+        # 4.5 chunks on average, and never more or less than the next whole numbers.
+        assert len(chunks) in (4, 5)
+        assert len(rows) == 3 * len(chunks)
+        seen[list(chunks)] += 1
+    assert (seen[:3] == epochs).all()
+    assert np.abs(seen / epochs - weights).max() < 0.08
+    again = Order(chunk_rows=(3,) * 7, batch_size=2, window_chunks=2, seed=5, chunk_weights=weights)
+    start = order.start(7) + 1
+    assert sequence(again, start, start + 5) == sequence(order, start, start + 5)
+
+
+def test_weights_of_one_change_nothing_and_an_epoch_is_never_empty() -> None:
+    plain = Order(chunk_rows=(2, 5, 1), batch_size=2, window_chunks=2, seed=1)
+    ones = Order(
+        chunk_rows=(2, 5, 1), batch_size=2, window_chunks=2, seed=1, chunk_weights=(1.0,) * 3
+    )
+    assert sequence(ones, 0, ones.start(3)) == sequence(plain, 0, plain.start(3))
+    few = Order(chunk_rows=(2,), batch_size=2, window_chunks=1, seed=1, chunk_weights=(0.1,))
+    assert few.start(5) == 5
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (0.0, 1.0), (1.5, 1.0), (float("nan"), 1.0)])
+def test_weights_that_cannot_be_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="a weight for each chunk"):
+        Order(chunk_rows=(1, 1), batch_size=1, window_chunks=1, seed=0, chunk_weights=weights)

@@ -1,0 +1,272 @@
+"""Whole jobs, from JPEGs to Parquet: `segjobs predict` against torchvision in a plain loop and in Ray Data.
+
+The same photos and weights, on the same cores, by turns, each in processes of its own. The plain loop and the
+class for Ray Data are what one writes by the two libraries' documentation: PIL, torchvision's model, its pasted
+masks, `> 0.5`, pycocotools, a row for each image.
+
+Photos are those of a folder that `SEGJOBS_PHOTOS` names; scenes where it names none.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pycocotools.mask as coco_mask
+import torch
+from PIL import Image
+
+from segmodel import bundle as bundles
+from segmodel.bundle import Bundle
+from segmodel.model import mask_rcnn
+from segmodel.scenes import scene
+from segmodel.settings import Architecture, ModelSettings
+from tests.bench import results
+from tests.bench.bench_job import CORES, anonymous_mib, row, steady_rate
+from tests.segmodel.conftest import CATEGORIES, lively_weights
+
+SIZES: Mapping[Architecture, tuple[int, int]] = {
+    "maskrcnn_resnet50_fpn": (800, 1333),
+    "small": (320, 640),
+}
+IMAGES: Mapping[Architecture, int] = {"maskrcnn_resnet50_fpn": 16, "small": 60}
+CHUNK_SIZE: Mapping[Architecture, int] = {"maskrcnn_resnet50_fpn": 2, "small": 5}
+BATCH = 2
+Found = dict[str, list[str]]
+
+
+def whole(repeats: int = 3) -> None:
+    """Measure both architectures, and add the rows."""
+    for arch in SIZES:
+        measure(arch, repeats)
+
+
+def measure(arch: Architecture, repeats: int) -> None:
+    """Measure one architecture: each way once in every turn."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = _photos(folder, IMAGES[arch])
+        bundles.save(folder / "model", lively(arch))
+        rates: dict[str, list[float]] = {}
+        peaks: dict[str, float] = {}
+        found: dict[str, Found] = {}
+        for turn in range(repeats):
+            for way, command, rate in _ways(arch, folder, turn):
+                peaks[way] = max(peaks.get(way, 0), _watched(command, folder / f"{way}.log"))
+                rates.setdefault(way, []).append(rate())
+                found[way] = read(folder / f"{way}-{turn}")
+    case = f"{arch} at {SIZES[arch][0]} px, {IMAGES[arch]} {source}, up to 100 detections"
+    results.add("whole job", _rows(case, rates, peaks, found))
+
+
+def _rows(
+    case: str,
+    rates: Mapping[str, list[float]],
+    peaks: Mapping[str, float],
+    found: Mapping[str, Found],
+) -> Iterator[dict[str, Any]]:
+    for way, values in rates.items():
+        spread = f"{min(values):.3g} to {max(values):.3g} in {len(values)} turns, by turns"
+        note = f"{spread}; {_equality(found[way], found['plain'])}"
+        yield row(case, way, statistics.median(values), "images/s", note)
+        yield row(
+            case, f"{way}, all processes at their peak", peaks[way], "MiB", "anonymous memory"
+        )
+        for other in ("plain", "raydata"):
+            ratios = [a / b for a, b in zip(values, rates[other], strict=True)]
+            yield row(case, f"{way} / {other}", statistics.median(ratios), "ratio", spread)
+
+
+def _ways(
+    arch: Architecture, folder: Path, turn: int
+) -> Iterator[tuple[str, list[str], Callable[[], float]]]:
+    module = [sys.executable, "-m", "tests.bench.bench_whole"]
+    for way in ("plain", "raydata"):
+        out = folder / f"{way}-{turn}"
+        yield (
+            way,
+            [*module, way, str(folder), str(out)],
+            lambda out=out: float((out / "rate").read_text()),
+        )
+    for precision in ("fp32", "fp32-fast"):
+        out = folder / f"job {precision}-{turn}"
+        flags = {
+            "input": folder / "shards",
+            "output": out,
+            "model": folder / "model",
+            "chunk-size": CHUNK_SIZE[arch],
+            "precision": precision,
+        }
+        command = [sys.executable, "-m", "jobs", "predict"]
+        command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        yield f"job {precision}", command, lambda out=out: steady_rate(out)
+
+
+def _watched(command: list[str], log: Path) -> float:
+    """Run a command; return the peak in MiB of the anonymous memory of all its processes together."""
+    peak = 0.0
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        while process.poll() is None:
+            peak = max(peak, sum(_each_mib(process.pid)))
+            time.sleep(0.5)
+    if process.returncode:
+        raise RuntimeError(log.read_text()[-4000:])
+    return peak
+
+
+def _each_mib(pid: int) -> Iterator[float]:
+    for one in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            yield anonymous_mib(one.pid)
+        except OSError:
+            continue
+
+
+def _equality(found: Found, expected: Found) -> str:
+    """Say how many masks have the bytes of the plain loop's, and how the others overlap."""
+    equal = sum(len(set(found[name]) & set(rles)) for name, rles in expected.items())
+    ious = []
+    for name, counts in expected.items():
+        theirs, ours = (list(map(json.loads, some)) for some in (counts, found[name]))
+        if theirs and ours:
+            ious.append(coco_mask.iou(ours, theirs, [0] * len(theirs)).max(axis=0))
+    total = sum(map(len, expected.values()))
+    median = np.median(np.concatenate(ious))
+    return f"{equal} of {total} masks as plain's to the byte, median IoU {median:.4f}"
+
+
+def read(output: Path) -> Found:
+    """Return the masks of each photo, as JSON texts of its RLEs."""
+    table = pa.concat_tables(
+        pq.read_table(path).select(["key", "detections"]) for path in output.rglob("*.parquet")
+    )
+    return {
+        Path(one["key"]).name: [json.dumps(d["segmentation"]) for d in one["detections"]]
+        for one in table.to_pylist()
+    }
+
+
+def lively(arch: Architecture) -> Bundle:
+    """Return random weights that find a hundred things in any photo, of different classes and shapes."""
+    settings = ModelSettings(
+        arch=arch, num_classes=len(CATEGORIES) + 1, min_size=SIZES[arch][0], max_size=SIZES[arch][1]
+    )
+    return Bundle(
+        settings=settings,
+        categories=CATEGORIES,
+        weights=lively_weights(arch, settings.num_classes),
+        score_threshold=0.05,
+        max_detections=100,
+    )
+
+
+def _photos(folder: Path, count: int) -> str:
+    """Write photos as loose files and as a tar; return what they are."""
+    (folder / "photos").mkdir()
+    (folder / "shards").mkdir()
+    given = os.environ.get("SEGJOBS_PHOTOS")
+    paths = sorted(Path(given).glob("*.jpg"))[:count] if given else []
+    for number in range(count):
+        target = folder / "photos" / f"{number:04d}.jpg"
+        if paths:
+            target.write_bytes(paths[number % len(paths)].read_bytes())
+        else:
+            Image.fromarray(scene(number, (480, 640)).image).save(target, quality=92)
+    with tarfile.open(folder / "shards" / "photos.tar", "w") as shard:
+        for path in sorted((folder / "photos").iterdir()):
+            shard.add(path, path.name)
+    return "photos" if paths else "scenes of 480x640"
+
+
+class Plain:
+    """torchvision's model as its documentation uses it."""
+
+    def __init__(self, folder: Path) -> None:
+        bundle = bundles.load(folder / "model")
+        self.model = mask_rcnn(bundle.settings)
+        self.model.load_state_dict(dict(bundle.weights))
+        self.model.roi_heads.score_thresh = bundle.score_threshold
+        self.model.roi_heads.detections_per_img = bundle.max_detections
+        self.model.eval()
+        torch.set_num_threads(CORES)
+
+    def row(self, name: str, pixels: Any) -> dict[str, Any]:
+        """Return a photo's row."""
+        with torch.inference_mode():
+            image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float() / 255
+            (found,) = self.model([image])
+        full = (found["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
+        rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in full]
+        detections = [
+            {
+                "category_id": label,
+                "score": score,
+                "bbox": box,
+                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
+            }
+            for label, score, box, rle in zip(
+                found["labels"].tolist(),
+                found["scores"].tolist(),
+                found["boxes"].tolist(),
+                rles,
+                strict=True,
+            )
+        ]
+        return {"key": name, "detections": detections, "finished": time.time()}
+
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        """Take a batch of Ray Data, return a table."""
+        pairs = zip(batch["path"], batch["image"], strict=True)
+        return pa.Table.from_pylist([self.row(name, pixels) for name, pixels in pairs])
+
+
+def plain(folder: Path, output: Path) -> None:
+    """Loop over the photos."""
+    model = Plain(folder)
+    paths = sorted((folder / "photos").iterdir())
+    model.row("", np.asarray(Image.open(paths[0]).convert("RGB")))
+    started = time.perf_counter()
+    rows = [model.row(path.name, np.asarray(Image.open(path).convert("RGB"))) for path in paths]
+    output.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), output / "rows.parquet")
+    (output / "rate").write_text(str(len(paths) / (time.perf_counter() - started)))
+
+
+def raydata(folder: Path, output: Path) -> None:
+    """Run `read_images`, `map_batches` of a class, `write_parquet`.
+
+    One actor, since two would hold both CPUs and nothing could be read, but with a thread for each core. The
+    first batch is not counted, as it waits for Ray, imports and the model.
+    """
+    import ray
+
+    ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
+    (
+        ray.data.read_images(str(folder / "photos"), mode="RGB", include_paths=True)
+        .map_batches(
+            Plain,
+            fn_constructor_args=(folder,),
+            batch_size=BATCH,
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+        .write_parquet(str(output))
+    )
+    table = pa.concat_tables(pq.read_table(path) for path in output.rglob("*.parquet"))
+    times = sorted(table["finished"].to_pylist())
+    (output / "rate").write_text(str((len(times) - BATCH) / (times[-1] - times[BATCH - 1])))
+
+
+if __name__ == "__main__":
+    {"plain": plain, "raydata": raydata}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

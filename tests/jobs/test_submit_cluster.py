@@ -1,0 +1,289 @@
+"""Submitted to real heads with their dashboard and job API, which ask for a token."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import requests
+from PIL import Image
+from pyarrow.fs import S3FileSystem
+
+from segmodel import scenes
+from tests.conftest import S3, Bucket
+from tests.infra import runbook
+from tests.jobs.ray_head import Head
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+DEADLINE_S = 400
+SCENES, CHUNK_SIZE = 40, 2
+SETTINGS = f"tasks: boxes\nchunk_size: {CHUNK_SIZE}\nmax_actors: 1\nmax_detections: 4\nfail_on_error: true\n"
+TOKEN = "a-token-that-is-long-enough-for-a-test"
+SECRET = "planted-secret-of-this-test"
+AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+
+# What the command line runs, but for a patience that is shorter.
+PROGRAM = "from jobs import ray_jobs; ray_jobs.PATIENCE_S = 3; from jobs.__main__ import main; raise SystemExit(main())"
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs `segjobs submit` against one head, as a user's shell does."""
+
+    head: Head
+    environment: dict[str, str]
+
+    def start(self, *arguments: str, **more: str) -> "subprocess.Popen[str]":
+        command = [*(sys.executable, "-c", PROGRAM), "submit", "--address", self.head.address]
+        return subprocess.Popen(
+            [*command, *arguments],
+            env={**os.environ, **self.environment, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **more: str) -> tuple[int, str]:
+        process = self.start(*arguments, **more)
+        said, _ = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, said
+
+    def jobs(self) -> list[dict[str, object]]:
+        """What the job API says, to anybody who has the token."""
+        answer = requests.get(
+            f"{self.head.address}/api/jobs/",
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=30,
+        )
+        return [job for job in answer.json() if job["type"] == "SUBMISSION"]
+
+
+@pytest.fixture(scope="module")
+def shell(environment: None, s3: S3) -> Iterator[Shell]:
+    with Head(AUTHENTICATION) as head:
+        yield Shell(head, {**AUTHENTICATION, "AWS_ENDPOINT_URL": s3.endpoint_url})
+
+
+@pytest.fixture
+def photos(bucket: Bucket, png: Callable[..., bytes]) -> Bucket:
+    """Scenes in S3, and one file that is no image."""
+    store = bucket.store("photos")
+    for number in range(SCENES - 1):
+        store.put(f"{number:03d}.png", _png(number))
+    store.put("broken.png", b"no image")
+    return bucket
+
+
+def _png(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(scenes.scene(seed, (96, 128)).image).save(file, "PNG")
+    return file.getvalue()
+
+
+def predict(photos: Bucket, model: Path, config: Path) -> list[str]:
+    config.write_text(SETTINGS)
+    return [
+        *("predict", "--config", str(config), "--input", f"{photos.uri}/photos"),
+        *("--output", f"{photos.uri}/table", "--model", str(model)),
+    ]
+
+
+def wait_for_chunks(
+    photos: Bucket, number: int, process: "subprocess.Popen[str]", table: str = "table"
+) -> int:
+    deadline = time.monotonic() + DEADLINE_S
+    while (done := finished(photos, table)) < number:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    return done
+
+
+def finished(photos: Bucket, table: str = "table") -> int:
+    return sum(1 for _ in photos.store(f"{table}/predictions").list_objects())
+
+
+def read_rows(photos: Bucket, table: str) -> list[dict[str, object]]:
+    where = S3FileSystem(endpoint_override=photos.endpoint_url, region="us-east-1")
+    return pq.read_table(f"{photos.name}/{table}/predictions", filesystem=where).to_pylist()
+
+
+def test_a_job_is_followed_and_ends_as_the_verb_does(shell: Shell, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    categories = tmp_path / "my categories.yaml"
+    categories.write_text("- {id: 1, name: cat}\n")
+    command = ["init", "--arch", "small", "--weights", "random", "--categories", str(categories)]
+    code, said = shell.run("--", *command, "--output", str(bundle))
+    assert code == 0, said
+    assert (bundle / "model.json").exists()
+    assert [
+        one["name"] for one in json.loads((bundle / "model.json").read_text())["categories"]
+    ] == ["cat"]
+    job_id = re.search(r"(segjobs-init-\S+-1) is submitted to", said)
+    assert job_id is not None
+    (job,) = [job for job in shell.jobs() if job["submission_id"] == job_id[1]]
+    assert job["status"] == "SUCCEEDED"
+    assert str(job["runtime_env"]["working_dir"]).startswith("gcs://")  # type: ignore[index]
+    assert str(job["metadata"]["output"]) == str(bundle)  # type: ignore[index]
+
+    # What the image has is used where that is said: here no code travels, nor any file.
+    code, said = shell.run(
+        "--image-has-code", "--", "evaluate", "--predictions", "/nowhere", "--annotations", "/nowhere.json",
+        "--output", str(tmp_path / "scores"),
+    )  # fmt: skip
+    assert code == 1, said
+    assert "segjobs evaluate: " in said
+    (job,) = [job for job in shell.jobs() if "evaluate" in str(job["submission_id"])]
+    assert "working_dir" not in job["runtime_env"]  # type: ignore[operator]
+
+
+def test_submitting_twice_is_harmless_and_stop_is_clean(
+    shell: Shell, photos: Bucket, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    command = predict(photos, tiny_bundle, tmp_path / "settings.yaml")
+    travels = ("--env", "AWS_ENDPOINT_URL", "PLANTED_SECRET", "--ship-credentials")
+    first = shell.start(*travels, "--", *command, PLANTED_SECRET=SECRET)
+    wait_for_chunks(photos, 1, first)
+    code, said = shell.run("--no-wait", "--", *command)
+    assert code == 0, said
+    assert "-1 is at work already." in said
+    code, said = shell.run("--", *command, "--limit", "3")
+    assert code == 2, said
+    assert "by another command" in said
+
+    code, said = shell.run("--stop", "--", *command)
+    assert code == 0, said
+    assert "-1 is stopped. Submit the same command again to go on." in said
+    followed, _ = first.communicate(timeout=DEADLINE_S)
+    assert first.returncode == 130, followed
+    # The verb itself was told to stop, and said how far it came.
+    assert re.search(rf"Stopped: \d+ of {SCENES} images are done", " ".join(followed.split())), (
+        followed
+    )
+    done = finished(photos)
+    assert 0 < done < SCENES / CHUNK_SIZE
+    code, said = shell.run("--stop", "--", *command)
+    assert code == 0, said
+    assert "there is nothing to stop" in said
+
+    # One image is broken, and --fail-on-error is in the file that travelled: the verb's own exit code.
+    code, said = shell.run(*travels, "--", *command, PLANTED_SECRET=SECRET)
+    assert code == 3, said
+    assert "-2 is submitted to" in said
+    assert photos.store("table").info("_SUCCESS") is not None
+    rows = read_rows(photos, "table")
+    assert len(rows) == len({row["image_id"] for row in rows}) == SCENES
+
+    # What was shipped on demand is seen by whoever may ask the job API, and by nobody else.
+    assert SECRET not in followed + said
+    assert SECRET in json.dumps(shell.jobs())
+    assert SECRET not in shell.head.logs()
+    assert not [path for path in _objects(photos) if SECRET.encode() in photos.store().read(path)]
+
+
+def _objects(bucket: Bucket) -> list[str]:
+    return [info.path for info in bucket.store().list_objects()]
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RAY_AUTH_TOKEN": "wrong-" + TOKEN}, {"RAY_AUTH_MODE": "disabled"}]
+)
+def test_without_the_token_it_says_what_to_set(shell: Shell, environment: dict[str, str]) -> None:
+    command = ["--", "init", "--arch", "small", "--weights", "random", "--output", "/tmp/x"]
+    code, said = shell.run(*command, **environment)
+    assert code == 1
+    assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN" in " ".join(
+        said.split()
+    )
+    assert TOKEN not in said
+
+
+@dataclass(frozen=True)
+class Runbook:
+    """Runs blocks of the runbook in a shell, as they are."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self, heading: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            ["bash", "-ec", runbook.block(heading, "test").text],
+            cwd=self.folder,
+            env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, heading: str) -> tuple[int, str]:
+        process = self.start(heading)
+        said, _ = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, " ".join(said.split())
+
+
+@pytest.fixture
+def book(photos: Bucket, tiny_bundle: Path, tmp_path: Path) -> Runbook:
+    """A shell in a folder with settings, the model where the runbook has it, and `segjobs` on its path."""
+    for file in tiny_bundle.iterdir():
+        photos.store("models/small").put(file.name, file.read_bytes())
+    program = tmp_path / "segjobs"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{PROGRAM}" "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "settings.yaml").write_text(SETTINGS)
+    return Runbook(
+        tmp_path,
+        {
+            **AUTHENTICATION,
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "BUCKET": photos.name,
+            "AWS_ENDPOINT_URL": photos.endpoint_url,
+        },
+    )
+
+
+def test_the_runbook_and_a_head_that_is_lost(
+    environment: None, photos: Bucket, book: Runbook
+) -> None:
+    variables = {**AUTHENTICATION, "AWS_ENDPOINT_URL": photos.endpoint_url}
+    table = photos.store("tables/photos")
+    with Head(variables) as head:
+        book.environment["RAY_API_SERVER_ADDRESS"] = head.address
+        first = book.start("Submit")
+        wait_for_chunks(photos, 3, first, "tables/photos")
+        # The driver's node with everything on it.
+        head.kill()
+        said = " ".join(first.communicate(timeout=DEADLINE_S)[0].split())
+        assert first.returncode == 1, said
+        assert "may be lost with its head node; what it finished is in its output" in said
+        done = finished(photos, "tables/photos")
+        assert 3 <= done < SCENES / CHUNK_SIZE
+        port = head.ports["dashboard-port"]
+
+    with Head(variables, port):
+        # One image is no image, and the settings ask for --fail-on-error.
+        code, said = book.run("Submit")
+        assert code == 3, said
+        assert f"of them {SCENES // CHUNK_SIZE - done} to do" in said
+        assert finished(photos, "tables/photos") == SCENES / CHUNK_SIZE
+        code, said = book.run("Watch")
+        assert code == 0, said
+        assert "finished: _SUCCESS is there" in said
+        code, said = book.run("Stop, and go on")
+        assert code == 0, said
+        assert "there is nothing to stop" in said
+        photos.store("photos").put("broken.png", _png(SCENES))
+        code, said = book.run("Retry errors")
+        assert code == 0, said
+    assert table.info("_SUCCESS") is not None
+    rows = read_rows(photos, "tables/photos")
+    assert len(rows) == len({row["image_id"] for row in rows}) == SCENES
+    assert {row["status"] for row in rows} == {"ok"}
