@@ -123,7 +123,7 @@ def _some_images(planned: Plan, images: int, source: Source) -> pa.Table:
         rows = read_chunk(chunk, source)
         readable = [n for n, error in enumerate(rows["error"]) if not error.is_valid]
         # Taken, not sliced: a slice would hold the whole chunk.
-        parts.append(rows.take(readable[:each]))
+        parts.append(rows.take(pa.array(readable[:each], pa.int64())))
     return pa.concat_tables(parts).slice(0, images).combine_chunks()
 
 

@@ -3,12 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from jobs import calibrate
 from jobs.__main__ import main
+from jobs.actor import Model, Pool
+from jobs.chunks import Chunk, to_table
+from jobs.plan import Plan, PlanError
+from jobs.read import Source
 from jobs.sizing import JOB_SHARE, START_S
+from jobs.storage import open_store
 
 pytestmark = pytest.mark.ray
 
@@ -104,13 +110,24 @@ def test_a_rate_that_is_given_and_what_is_left(
     assert (found["images"], found["actors"], found["seconds"]) == (3, 1, None)
 
 
-def test_a_damaged_shard_has_no_image_to_run(
-    ray_local: None, tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "0.tar").write_bytes(b"no tar" * 1000)
-    arguments = [
-        *("predict", "--input", str(tmp_path / "0.tar"), "--output", str(tmp_path / "out")),
-        *("--model", str(tiny_bundle), "--plan-only", "--calibrate", "1"),
-    ]
-    assert main(arguments) == 1
-    assert "none of the images that were to be run can be read" in capsys.readouterr().err
+def test_a_damaged_shard_has_no_image_to_run(tmp_path: Path) -> None:
+    verdict = Chunk(
+        chunk_id="00000000", kind="verdict", shard="0.tar", num_images=1, error="shard: cut off"
+    )
+    planned = Plan(
+        plan_id="1",
+        job={},
+        folder=str(tmp_path),
+        format="webdataset",
+        why="",
+        num_images=1,
+        num_bytes=0,
+        num_objects=1,
+        input_digest="",
+        notes=(),
+        chunks=to_table([verdict]),
+    )
+    store = open_store(str(tmp_path))
+    source = Source(store=store, lists=store, endpoint_url=None, image_column=None)
+    with pytest.raises(PlanError, match="none of the images that were to be run can be read"):
+        calibrate.rates(planned, 1, source, cast("Model", None), cast("Pool", None))

@@ -87,7 +87,7 @@ def scraped(
         command = [
             *(sys.executable, "-c", PROGRAM, str(port), "predict", "--input", f"{bucket.uri}/in"),
             *("--output", found.output, "--model", str(tiny_bundle)),
-            *("--endpoint-url", faults.endpoint_url, "--chunk-size", "2", "--max-actors", "1"),
+            *("--endpoint-url", faults.url, "--chunk-size", "2", "--max-actors", "1"),
             *("--max-detections", "3", "--score-threshold", "0", "--log-format", "json"),
         ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
