@@ -334,7 +334,7 @@ class _Training:
 
     def _matches(self, val: TrainingSet, bundle: Bundle) -> CocoMatches:
         matches = CocoMatches()
-        predictor = Predictor(bundle, str(self.trainer.device), "fp32")
+        predictor = Predictor(bundle, str(self.trainer.device))
         chunks = val.chunks[self.rank :: self.num_workers]
         waiting: dict[int, dict[str, Any]] = {}
 

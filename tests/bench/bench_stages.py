@@ -93,7 +93,7 @@ def _network(arch: Architecture) -> Sequence[dict[str, Any]]:
 
     def write() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            rows = [{**one, "image_id": str(n)} for n in range(16)]
+            rows = [{**one, "image_id": str(n), "shard": "", "key": str(n)} for n in range(16)]
             table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
             put_chunk(open_store(folder, None), "chunk", table, {})
 

@@ -152,7 +152,7 @@ def test_coco_agrees_with_the_way_torchvision_builds_it(
     ).eval()
     made = coco_bundle("maskrcnn_resnet50_fpn", 32, 64)
     pixels = image(64, 96)
-    ours = Predictor(made, "cpu").predict([pixels])[0]
+    ours = Predictor(made, "cpu", "fp32").predict([pixels])[0]
     with torch.inference_mode():
         found = theirs([torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255)])[0]
     assert len(ours) >= 50

@@ -11,7 +11,7 @@ from segmodel.winograd import WinogradConv2d, fits
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("num", "channels", "outputs", "size_hw"),
-    [(1, 64, 64, (1, 1)), (2, 64, 96, (7, 9)), (3, 128, 64, (4, 8)), (40, 64, 64, (14, 14))],
+    [(1, 96, 96, (1, 1)), (2, 96, 128, (7, 9)), (3, 128, 96, (4, 8)), (40, 96, 96, (14, 14))],
 )
 def test_it_is_the_direct_convolution(
     num: int, channels: int, outputs: int, size_hw: tuple[int, int], bias: bool, relu: bool
@@ -40,8 +40,8 @@ def test_it_is_the_direct_convolution(
 
 
 def test_no_images_give_no_outputs() -> None:
-    conv = nn.Conv2d(64, 96, 3, padding=1).requires_grad_(False)
-    assert WinogradConv2d(conv)(torch.zeros(0, 64, 14, 14)).shape == (0, 96, 14, 14)
+    conv = nn.Conv2d(96, 128, 3, padding=1).requires_grad_(False)
+    assert WinogradConv2d(conv)(torch.zeros(0, 96, 14, 14)).shape == (0, 128, 14, 14)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_no_images_give_no_outputs() -> None:
         (False, {"dilation": 2, "padding": 2}),
         (False, {"kernel_size": 1, "padding": 0}),
         (False, {"groups": 2}),
-        (False, {"in_channels": 32}),
-        (False, {"out_channels": 80}),
+        (False, {"in_channels": 64}),
+        (False, {"out_channels": 112}),
     ],
 )
 def test_what_fits(expected: bool, options: dict[str, int]) -> None:
-    usual = {"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1}
+    usual = {"in_channels": 96, "out_channels": 96, "kernel_size": 3, "padding": 1}
     assert fits(nn.Conv2d(**{**usual, **options})) is expected
