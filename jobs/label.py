@@ -32,8 +32,7 @@ def run(config: LabelConfig) -> int:
         label_view.show(versions.load(dataset, config.show))
         return 0
     if config.promote is not None:
-        versions.promote(dataset, config.promote, stamp())
-        console.print(f"Version {config.promote} of {dataset.uri} is current now.")
+        _promote(dataset, config.promote)
         return 0
     if config.input and lies_within(config.dataset, config.input, config.endpoint_url):
         raise ConfigError(f"--dataset {config.dataset} lies within --input: choose a place outside")
@@ -53,6 +52,17 @@ def run(config: LabelConfig) -> int:
         f"others published {TRIES} versions of {dataset.uri} while this one was made: run it again when "
         "fewer runs overlap"
     )
+
+
+def _promote(dataset: Store, number: int) -> None:
+    versions.promote(dataset, number, stamp())
+    console.print(f"Version {number} of {dataset.uri} is current now.")
+    if left := versions.reviews_left_out(dataset, number):
+        numbers = ", ".join(str(number) for number in left)
+        console.print(
+            f"It does not build upon reviewed labels of version {numbers}: import their files again by "
+            "--reviewed, or promote that version."
+        )
 
 
 def _refuse_unsafe(config: LabelConfig, dataset: Store) -> None:

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection
+from typing import Any
 
 import yaml
 
@@ -11,6 +12,17 @@ from jobs.config import ConfigError
 from jobs.storage import open_uri
 from segmodel import policy as policies
 from segmodel.policy import Policy, PolicyError
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML without its silence about a key that comes twice, of which the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise PolicyError(f"the key {key!r} comes twice")
+        return super().construct_mapping(node, deep)
 
 
 def load(uri: str, endpoint_url: str | None, categories: Collection[str]) -> Policy:
@@ -26,7 +38,7 @@ def load(uri: str, endpoint_url: str | None, categories: Collection[str]) -> Pol
     """
     store, name = open_uri(uri, endpoint_url)
     try:
-        document = yaml.safe_load(store.read(name))
+        document = yaml.load(store.read(name), _EachKeyOnce)
         found = policies.parse(document)
     except FileNotFoundError:
         raise ConfigError(f"--policy: there is no file {store.url(name)}") from None

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,7 +70,7 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
     parent = versions.current(dataset, most)
     if parent is None:
         raise ConfigError(f"{dataset.uri} has no version to review: label something first")
-    found = _read(config.reviewed, config.endpoint_url)
+    found = _with_ids_of(parent, _read(config.reviewed, config.endpoint_url))
     if _is_in(parent, found):
         versions_ = f"version {parent.number} of {dataset.uri}"
         facts("Nothing to do", [("reviewed", f"{found.uri} is in {versions_} already")])
@@ -122,6 +122,17 @@ def _read(uri: str, endpoint_url: str | None) -> Reviewed:
         rows=rows,
         categories=categories,
     )
+
+
+def _with_ids_of(parent: Version, found: Reviewed) -> Reviewed:
+    """Give categories the ids that their names have in the data set: reviewers' tools count anew."""
+    known = {category["name"]: category["id"] for category in parent.categories}
+    ids = {of["id"]: known.get(of["name"], of["id"]) for of in found.categories}
+    for row in found.rows:
+        for one in row["detections"]:
+            one["category_id"] = ids[one["category_id"]]
+    categories = [{**of, "id": ids[of["id"]]} for of in found.categories]
+    return replace(found, categories=categories)
 
 
 def _tighten(label: Row) -> None:

@@ -54,7 +54,8 @@ class Stage:
     def put_contents(self, name: str, contents: pa.Table) -> None:
         """Write the digests of some images."""
         if contents.num_rows:
-            versions.put_table(self.store, f"{self.folder}/{CONTENTS}/{name}.parquet", contents)
+            path = f"{self.folder}/{CONTENTS}/{name}.parquet"
+            versions.put_table(self.store, path, contents, once=True)
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -56,6 +57,13 @@ def merged_categories(
                 f"category {one['id']} is {names[one['id']]!r} in the data set and {one['name']!r} in {whose}: "
                 "give the categories the same ids, or start another --dataset"
             )
+    again = [name for name, times in Counter(names.values()).items() if times > 1]
+    if again:
+        ids = [number for number, name in names.items() if name == again[0]]
+        raise ConfigError(
+            f"category {again[0]!r} would have the ids {ids[0]} (in the data set) and {ids[1]} (in {whose}): give it "
+            "one, or start another --dataset"
+        )
     return [{"id": number, "name": names[number]} for number in sorted(names)]
 
 

@@ -173,6 +173,17 @@ def promote(dataset: Store, number: int, facts: Mapping[str, Any]) -> None:
         )
 
 
+def reviews_left_out(dataset: Store, number: int) -> list[int]:
+    """Return the versions with reviewed labels that a version does not build upon."""
+    made = {n: load(dataset, n) for n in range(1, latest(dataset) + 1)}
+    built_upon: set[int] = set()
+    step: int | None = number
+    while step is not None:
+        built_upon.add(step)
+        step = made[step].manifest.get("parent")
+    return [n for n, one in made.items() if one.manifest.get("reviewed") and n not in built_upon]
+
+
 def publish(dataset: Store, number: int, manifest: Mapping[str, Any]) -> bool:
     """Make a version of objects that are all there; return whether the number was still free.
 
@@ -228,11 +239,19 @@ def look_at_table(uri: str, endpoint_url: str | None) -> Input:
     return table
 
 
-def put_table(dataset: Store, path: str, table: pa.Table) -> None:
-    """Write a list beside the rows of a version."""
+def put_table(dataset: Store, path: str, table: pa.Table, *, once: bool = False) -> None:
+    """Write a list beside the rows of a version.
+
+    Args:
+        dataset: The data set.
+        path: In it.
+        table: The list.
+        once: Leave what is there: a run that is the same may have published it already, with its etag.
+    """
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    dataset.put(path, sink.getvalue())
+    put = dataset.put_if_absent if once else dataset.put
+    put(path, sink.getvalue())
 
 
 def read_table(dataset: Store, path: str) -> pa.Table:

@@ -135,15 +135,17 @@ def parse(document: Any) -> Policy:
     Raises:
         PolicyError: A key is unknown or a value cannot be.
     """
-    given = _mapping(document or {}, "the policy")
+    given = _mapping({} if document is None else document, "the policy")
     of_limits, of_policy = _names(Limits), _names(Policy) - {"limits"}
     _refuse_unknown(given, of_limits | of_policy, "")
     _check_types(Limits, {n: v for n, v in given.items() if n in of_limits}, "")
     limits = Limits(**{n: v for n, v in given.items() if n in of_limits})
     categories = {}
-    for name, values in _mapping(given.get("categories") or {}, "categories").items():
+    of_categories = given.get("categories")
+    named = _mapping({} if of_categories is None else of_categories, "categories")
+    for name, values in named.items():
         where = f"categories.{name}."
-        values = _mapping(values or {}, where[:-1])
+        values = _mapping({} if values is None else values, where[:-1])
         _refuse_unknown(values, of_limits, where)
         _check_types(Limits, values, where)
         try:

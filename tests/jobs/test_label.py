@@ -190,9 +190,15 @@ def test_reviewed_labels_win(place: Place, capsys: pytest.CaptureFixture[str]) -
         *labels[2:],
         {**labels[2], "id": 999, "segmentation": square},
     ]
+    # The reviewer's tool has counted the categories anew: names say which they are.
+    ids = {1: 0, 3: 1}
+    for one in file["annotations"]:
+        one["category_id"] = ids[one["category_id"]]
+    file["categories"] = [{**one, "id": ids[one["id"]]} for one in file["categories"]]
     capsys.readouterr()
     assert review(place, out, file) == 0
     assert "the reviewer wins" in words(capsys)
+    assert place.manifest(2)["categories"] == place.manifest(1)["categories"]
     assert place.manifest(2)["reviewed"]["counts"] == {
         "images that were to review": 4,
         "labels added": 1,
@@ -214,6 +220,10 @@ def test_reviewed_labels_win(place: Place, capsys: pytest.CaptureFixture[str]) -
     assert place.label() == 0
     assert place.manifest(3)["counts"]["new"]["images"] == 1
     assert {name: place.rows(3)[name] for name in accepted} == accepted
+    for number, said in (("3", False), ("1", True)):
+        capsys.readouterr()
+        assert main(["label", "--dataset", place.named(), "--promote", number]) == 0
+        assert ("does not build upon reviewed labels of version 2" in words(capsys)) is said
 
 
 def test_reviews_that_cannot_be_are_refused_and_later_ones_win(
@@ -221,12 +231,12 @@ def test_reviews_that_cannot_be_are_refused_and_later_ones_win(
 ) -> None:
     out, file = export_queue(place)
     one = {"id": 77, "height": 24, "width": 32}
-    contrary = [{"id": 1, "name": "car"}, {"id": 3, "name": "person"}]
+    contrary = [{"id": 1, "name": "tree"}, {"id": 3, "name": "car"}]
     for change, message, code in (
         ({"images": [{**one, "file_name": "a.tar/none.jpg"}]}, "1 images of .* are not in", 1),
         ({"images": [{**one, "file_name": "a.tar/0.jpg", "height": 25}]}, "has 24 x 32 pixels", 1),
         ({"images": [{**one, "file_name": "a.tar/bad.jpg"}]}, "could not be read when", 1),
-        ({"categories": contrary}, "category 1 is 'person' in the data set and 'car'", 2),
+        ({"categories": contrary}, "category 1 is 'person' in the data set and 'tree'", 2),
         ({"images": [{"id": 1}]}, "is no COCO instances file: image 1 has no file_name", 1),
     ):
         assert review(place, out, {**file, "annotations": [], **change}) == code
@@ -329,6 +339,8 @@ def test_loose_images_are_found_by_content_and_read_by_other_verbs(
         (["--policy", "bad.yaml"], "did you mean score_threshold", 2),
         (["--policy", "names.yaml"], "names the category 'cat', which the model has not", 2),
         (["--policy", "broken.yaml"], "is no YAML", 2),
+        (["--policy", "twice.yaml"], "the key 'min_area' comes twice", 2),
+        (["--policy", "list.yaml"], "must be names with values", 2),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -345,6 +357,8 @@ def test_what_cannot_be_is_refused(
         ("bad", "score_treshold: 1"),
         ("names", "categories: {cat: {min_area: 3}}"),
         ("broken", "a: ["),
+        ("twice", "categories: {person: {min_area: 3, min_area: 4}}"),
+        ("list", "categories: []"),
     ):
         (place.root / f"{name}.yaml").write_text(text)
     if "--input" in arguments:

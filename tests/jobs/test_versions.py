@@ -1,6 +1,7 @@
 """Versions of a data set: numbers, what is current, promotion, races, and what a URI names."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from jobs import documents, versions
 from jobs.detect import InputError
+from jobs.sorting import Stage
 from jobs.storage import open_store
 from jobs.store import StorageError, Store
 from tests.conftest import Bucket
@@ -141,3 +143,14 @@ def test_damage_is_found(tmp_path: Path) -> None:
     (tmp_path / manifest["objects"]).write_bytes(b"PAR1 and nothing else PAR1")
     with pytest.raises(StorageError, match="damaged"):
         _ = versions.load(store, 1).objects
+
+
+def test_what_a_run_that_is_the_same_has_published_stays_as_it_is(tmp_path: Path) -> None:
+    stage = Stage(store=open_store(str(tmp_path)), folder="versions/1/abc")
+    stage.put_contents("c", pa.table({"key": ["a"]}))
+    before = stage.store.info("versions/1/abc/contents/c.parquet")
+    os.utime(tmp_path / "versions/1/abc/contents/c.parquet", ns=(1, 1))
+    published = stage.store.info("versions/1/abc/contents/c.parquet")
+    assert published != before
+    stage.put_contents("c", pa.table({"key": ["a"]}))
+    assert stage.store.info("versions/1/abc/contents/c.parquet") == published
