@@ -262,7 +262,7 @@ def test_what_a_task_says_reaches_the_user_as_it_was_said(
     )
     source.put("a.parquet", parquet(image=[b"1", b"2"]))
     made = make(source, local)
-    planned = chunks.from_table(made.chunks)
+    planned = list(chunks.from_table(made.chunks))
     assert [(c.shard, c.num_images) for c in planned] == [
         *(("a.parquet", 2), ("b.parquet", 1), ("c.parquet", 1))
     ]
