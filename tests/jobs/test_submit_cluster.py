@@ -22,7 +22,8 @@ from tests.conftest import S3, Bucket
 from tests.infra import runbook
 from tests.jobs.ray_head import Head
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+# What Ray's heads and drivers wait for at their start has limits that a crowded machine passes.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 DEADLINE_S = 400
 SCENES, CHUNK_SIZE = 40, 2
@@ -205,11 +206,11 @@ def _objects(bucket: Bucket) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "environment", [{"RAY_AUTH_TOKEN": "wrong-" + TOKEN}, {"RAY_AUTH_MODE": "disabled"}]
+    "variables", [{"RAY_AUTH_TOKEN": "wrong-" + TOKEN}, {"RAY_AUTH_MODE": "disabled"}]
 )
-def test_without_the_token_it_says_what_to_set(shell: Shell, environment: dict[str, str]) -> None:
+def test_without_the_token_it_says_what_to_set(shell: Shell, variables: dict[str, str]) -> None:
     command = ["--", "init", "--arch", "small", "--weights", "random", "--output", "/tmp/x"]
-    code, said = shell.run(*command, **environment)
+    code, said = shell.run(*command, **variables)
     assert code == 1
     assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN" in " ".join(
         said.split()
@@ -222,7 +223,7 @@ class Runbook:
     """Runs blocks of the runbook in a shell, as they are."""
 
     folder: Path
-    environment: dict[str, str]
+    variables: dict[str, str]
 
     def start(self, heading: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
