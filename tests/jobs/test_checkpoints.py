@@ -64,3 +64,15 @@ def test_damage_is_said_with_what_to_do(tmp_path: Path, damage: str) -> None:
     store.put(path, broken)
     with pytest.raises(StorageError, match="delete it, and the one before it is used"):
         checkpoints.load(store, path)
+
+
+def test_what_a_killed_process_left_of_one_is_none(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    part = f"{checkpoints.FOLDER}/.step-000000003.safetensors.e458246a4f824aa9a92bcda7e4a451b8"
+    store.put(part, b"a part")
+    assert checkpoints.last(store) is None
+    for steps in (5, 10, 100):
+        checkpoints.save(store, replace(CHECKPOINT, steps=steps))
+    assert checkpoints.last(store) == checkpoints.path_of(100)
+    kept = [found.path for found in store.list_objects(checkpoints.FOLDER)]
+    assert kept == [part, *(checkpoints.path_of(steps) for steps in (5, 10, 100))]
