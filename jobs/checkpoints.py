@@ -5,7 +5,6 @@ needs. It is put atomically, so what a listing shows is whole.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ FOLDER = "checkpoints"
 # The last, and the one before it, should a run that was given up still be writing the last.
 KEPT = 2
 _HEADER = "segjobs"
-_WHOLE = re.compile(rf"{FOLDER}/step-\d+\.safetensors")
 
 Point = dict[str, Any]
 
@@ -48,13 +46,7 @@ class Checkpoint:
 
 def last(store: Store) -> str | None:
     """Return the path of the newest checkpoint in a training's output, or None."""
-    return max(_paths(store), default=None)
-
-
-def _paths(store: Store) -> list[str]:
-    """Return those that are whole: a local store's process that is killed leaves a part beside them."""
-    listed = (found.path for found in store.list_objects(FOLDER))
-    return sorted(path for path in listed if _WHOLE.fullmatch(path))
+    return max((found.path for found in store.list_objects(FOLDER)), default=None)
 
 
 def path_of(steps: int) -> str:
@@ -72,7 +64,7 @@ def save(store: Store, checkpoint: Checkpoint) -> None:
         dict(checkpoint.tensors), metadata={_HEADER: json.dumps(header, sort_keys=True)}
     )
     store.put(path_of(checkpoint.steps), data)
-    paths = _paths(store)
+    paths = sorted(found.path for found in store.list_objects(FOLDER))
     best = path_of(checkpoint.best["step"]) if checkpoint.best else None
     for path in paths[:-KEPT]:
         if path != best:

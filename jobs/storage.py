@@ -31,6 +31,10 @@ COPY_BYTES = 8 * 2**20
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:_-]+")
 
 
+# What `_put_aside` writes: of a process that was killed meanwhile, a part stays.
+_ASIDE = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{32}", re.DOTALL)
+
+
 class PipeError(Exception):
     """What lies at a path is a pipe or a device."""
 
@@ -54,10 +58,13 @@ class ArrowStore(Store):
         root = self.root.strip("/")
         for info in sorted(found, key=self._path_of):
             path = info.path.lstrip("/").removeprefix(root).lstrip("/")
-            yield _object_info(path, info)
+            if not _ASIDE.fullmatch(path):
+                yield _object_info(path, info)
 
     def _refuse_pipe(self, path: str) -> None:
-        """Opening one may wait for ever."""
+        """Opening one may wait for ever; object stores have none, and would be asked for each read."""
+        if not isinstance(self.filesystem, pafs.LocalFileSystem):
+            return
         if self.filesystem.get_file_info(self._full(path)).type is pafs.FileType.Unknown:
             raise PipeError(path)
 
@@ -158,7 +165,7 @@ class ArrowStore(Store):
         return f"{self.root.rstrip('/')}/{path}" if self.root and path else self.root or path
 
     def _put_aside(self, path: str, parts: Iterable[bytes]) -> str:
-        """Write `parts` beside `path`, under a name that no reader looks at."""
+        """Write `parts` beside `path`, under a name that is never listed."""
         folder, slash, name = self._full(path).rpartition("/")
         if folder:
             self.filesystem.create_dir(folder, recursive=True)

@@ -8,7 +8,7 @@ import torch
 
 from jobs import checkpoints
 from jobs.checkpoints import Checkpoint
-from jobs.storage import open_store
+from jobs.storage import ArrowStore, open_store
 from jobs.store import StorageError
 from tests.conftest import Bucket
 
@@ -66,13 +66,18 @@ def test_damage_is_said_with_what_to_do(tmp_path: Path, damage: str) -> None:
         checkpoints.load(store, path)
 
 
-def test_what_a_killed_process_left_of_one_is_none(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_of_one_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = open_store(str(tmp_path))
-    part = f"{checkpoints.FOLDER}/.step-000000003.safetensors.e458246a4f824aa9a92bcda7e4a451b8"
-    store.put(part, b"a part")
+    with monkeypatch.context() as killed:
+        # Neither moved to its place nor taken away.
+        killed.setattr(
+            ArrowStore, "put", lambda self, path, data: self._put_aside(path, [data[:9]])
+        )
+        checkpoints.save(store, CHECKPOINT)
+    assert [path.stat().st_size for path in (tmp_path / checkpoints.FOLDER).iterdir()] == [9]
     assert checkpoints.last(store) is None
-    for steps in (5, 10, 100):
-        checkpoints.save(store, replace(CHECKPOINT, steps=steps))
-    assert checkpoints.last(store) == checkpoints.path_of(100)
-    kept = [found.path for found in store.list_objects(checkpoints.FOLDER)]
-    assert kept == [part, *(checkpoints.path_of(steps) for steps in (5, 10, 100))]
+    checkpoints.save(store, CHECKPOINT)
+    assert checkpoints.last(store) == checkpoints.path_of(7)
+    assert [f.path for f in store.list_objects()] == [checkpoints.path_of(7)]
