@@ -21,12 +21,12 @@ from jobs.config import (
     PredictConfig,
     ReportConfig,
     StatusConfig,
-    TrainConfig,
 )
 from jobs.console import error_console
 from jobs.flags import Parser, from_namespace, gathered, parser_for
 from jobs.label_config import LabelConfig
 from jobs.submit_config import SubmitConfig
+from jobs.train_config import TrainConfig
 
 VERBS: dict[str, type[Any]] = {
     "predict": PredictConfig,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jobs.config import ConfigError, option
 from jobs.detect import Format
 from segmodel.images import MAX_PIXELS
-from segmodel.settings import Precision
+from segmodel.settings import InferencePrecision
 
 _LABELS = ("input", "model", "policy")
 
@@ -37,7 +37,7 @@ class LabelConfig:
         None,
     )
     format: Format = option("how the input is read; auto looks and says what it chose", "auto")
-    precision: Precision = option("arithmetic; see `segjobs predict --help`", "auto")
+    precision: InferencePrecision = option("arithmetic; see `segjobs predict --help`", "auto")
     batch_size: int | None = option("images in a batch; see `segjobs predict --help`", None)
     min_actors: int | None = option("copies of the model, at least", None)
     max_actors: int | None = option("copies of the model, at most", None)

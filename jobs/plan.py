@@ -24,6 +24,7 @@ from jobs.chunks import CHUNKS, PREDICTIONS_FOLDER, Chunk
 from jobs.deadly import Deadly
 from jobs.detect import Input, describe_changes, objects_of
 from jobs.manifest import read_uris
+from jobs.parquet_columns import ParquetInputError
 from jobs.store import DamagedError, ObjectInfo, Store
 from jobs.tasks import in_order
 
@@ -318,7 +319,7 @@ def _refuse_if_none_fits(indexed: Iterator[_Indexed]) -> Iterator[_Indexed]:
         num_fit += part.chunks.num_rows - part.num_misfits
         yield part
     if misfit and not num_fit:
-        raise index.ParquetInputError(misfit)
+        raise ParquetInputError(misfit)
 
 
 def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> list[_Indexed]:
@@ -334,7 +335,7 @@ def _index_shards(store: Store, objects: pa.Table, format_: str, cut: Cut) -> li
                 # What was read a moment ago and is damaged now has its rows all the same.
                 with contextlib.suppress(DamagedError):
                     digests += index.own_id_digests(store, info)
-        except index.ParquetInputError as error:
+        except ParquetInputError as error:
             misfits.append(str(error))
             planned.append(index.verdict(info, "", f"shard: {error}", start=0))
         except DamagedError as error:

@@ -23,6 +23,7 @@ from jobs import (
     logs,
     pipeline,
     plan,
+    predict_view,
     preview,
     retries,
     sizing,
@@ -35,7 +36,7 @@ from jobs import (
 from jobs.actor import Model, Pool
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError, PredictConfig
-from jobs.console import ImageProgress, console, duration, facts, size
+from jobs.console import ImageProgress, console
 from jobs.detect import look
 from jobs.encode import Receipt
 from jobs.job import described
@@ -72,9 +73,9 @@ def run(config: PredictConfig) -> int:
     if not work and output.info(write.SUCCESS) is not None:
         counts = write.final_counts(output)
         console.print(f"{config.output} is finished: nothing to do.")
-        _show_summary(counts, output, {})
+        predict_view.show_summary(counts, output, {})
         return _exit_code(config, counts)
-    _show_plan(planned, pool, len(work), "Plan" if not done else "Plan, going on")
+    predict_view.show_plan(planned, pool, len(work), "Plan" if not done else "Plan, going on")
     output.delete(write.SUCCESS)
     try:
         counts = _work_off(config, planned, work, output, bundle, pool)
@@ -149,7 +150,7 @@ def _work_off(
         "bytes": dict(traffic.so_far()),
     }
     write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
-    _show_summary(counts, output, facts_of_run)
+    predict_view.show_summary(counts, output, facts_of_run)
     return counts
 
 
@@ -196,7 +197,7 @@ def _preview(
             )
         done = plan.finished_chunks(output).keys() if frozen else ()
         model = _model(config, planned.job, bundle, output)
-        _show_plan(planned, pool, planned.chunks.num_rows, "Plan (nothing was written)")
+        predict_view.show_plan(planned, pool, planned.chunks.num_rows, "Plan (nothing was written)")
         rates = None
         if config.images_per_second is not None:
             given = f"{config.images_per_second:g} images/s of one actor, as given"
@@ -358,53 +359,6 @@ def _refuse_nested(config: PredictConfig) -> None:
     """
     if lies_within(config.output, config.input, config.endpoint_url):
         raise ConfigError(f"--output {config.output} lies within --input: choose a place outside")
-
-
-def _show_plan(planned: Plan, pool: Pool, left: int, title: str) -> None:
-    where = (
-        f"{pool.gpus_per_actor:g} GPU each"
-        if pool.gpus_per_actor
-        else f"CPU, {pool.threads} thread"
-    )
-    actors = f"{pool.min_actors} to {pool.max_actors}"
-    if pool.min_actors == pool.max_actors:
-        actors = f"{pool.max_actors}"
-    facts(
-        title,
-        [
-            ("images", f"{planned.num_images}"),
-            (
-                "input",
-                f"{planned.num_objects} objects ({planned.format}), {size(planned.num_bytes)}",
-            ),
-            ("chunks", f"{planned.chunks.num_rows}, of them {left} to do"),
-            ("actors", f"{actors} ({where})"),
-            ("arithmetic", f"{planned.job['precision']}, {planned.job['tasks']}"),
-            *(("note", note) for note in planned.notes),
-        ],
-    )
-
-
-def _show_summary(counts: Counts, output: Store, of_run: Mapping[str, Any]) -> None:
-    rows = [
-        ("rows", f"{counts.images}, one for each image"),
-        ("instances", f"{counts.detections}"),
-        ("in error", f"{counts.failed}"),
-        *((f"  {kind}", f"{number}") for kind, number in sorted(counts.errors.items())),
-    ]
-    if of_run:
-        rows += [
-            ("this run", f"{of_run['images']} images in {duration(of_run['seconds'])}"),
-            ("throughput", f"{of_run['images_per_second']:.2f} images/s"),
-        ]
-    if busy := of_run.get("busy"):
-        rows.append(("busy", stages.in_words(busy)))
-    if again := of_run.get("retries"):
-        rows.append(("asked again", f"the store, after trouble ({retries.in_words(again)})"))
-    if counts.failed:
-        rows.append(("errors", "the column `error` says why; --retry-errors does those rows again"))
-    rows.append(("table", output.url("predictions/*.parquet")))
-    facts("Done", rows)
 
 
 def _manifest(

@@ -22,8 +22,10 @@ from jobs.index import (
     HOP_FROM_MEAN_BYTES,
     HOP_WINDOW,
     MAX_IMAGE_BYTES,
-    OWN_KEYS,
     READ_THROUGH_WINDOW,
+)
+from jobs.parquet_columns import (
+    OWN_KEYS,
     ParquetInputError,
     find_image_column,
     key_columns,

@@ -17,9 +17,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import checkpoints, feed, train_result, train_task, train_worker, write
 from jobs.board import Board, watched
 from jobs.cluster import connect, resources
-from jobs.config import ConfigError, TrainConfig
+from jobs.config import ConfigError
 from jobs.console import TrainingProgress, console, duration, facts
 from jobs.storage import arrow_location, open_store
+from jobs.train_config import TrainConfig
 from jobs.train_task import Task
 from jobs.train_worker import Job
 from segmodel.training import TrainingError

@@ -13,9 +13,9 @@ from tensorboardX import SummaryWriter
 
 from jobs import checkpoints, write
 from jobs.checkpoints import Checkpoint, Point
-from jobs.config import TrainConfig
 from jobs.console import duration, facts
 from jobs.store import Store
+from jobs.train_config import TrainConfig
 from jobs.train_task import Task, described_by
 from jobs.train_worker import CURVES
 from jobs.weights import save_bundle

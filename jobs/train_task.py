@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from jobs import training_set
-from jobs.config import ConfigError, TrainConfig
+from jobs.config import ConfigError
 from jobs.store import Store
+from jobs.train_config import TrainConfig
 from jobs.training_set import TrainingSet
 from jobs.weights import load_bundle
 from segmodel import initial

@@ -15,11 +15,11 @@ from jobs.config import (
     InitConfig,
     PackConfig,
     PredictConfig,
-    TrainConfig,
 )
 from jobs.flags import arguments_of, from_namespace, gathered, parser_for
 from jobs.label_config import LabelConfig
 from jobs.submit_config import SubmitConfig
+from jobs.train_config import TrainConfig
 
 CLASSES = list(VERBS.values())
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobs import index
 from jobs.chunks import Chunk
 from jobs.detect import OBJECTS, object_table
-from jobs.index import ParquetInputError
+from jobs.parquet_columns import ParquetInputError, find_image_column
 from jobs.storage import ArrowStore, open_store
 from jobs.store import ChangedError, ObjectInfo, StorageError, Store
 from segmodel.schema import TRAINING
@@ -465,7 +465,7 @@ BINARY, TEXT = pa.binary(), pa.string()
     ],
 )
 def test_the_image_column(schema: Any, asked: str | None, column: str) -> None:
-    assert index.find_image_column(pa.schema(schema), asked) == column
+    assert find_image_column(pa.schema(schema), asked) == column
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_no_image_column_is_refused_in_words(
 ) -> None:
     empty = pa.schema(schema).empty_table()
     with pytest.raises(ParquetInputError, match=words):
-        index.find_image_column(empty.schema, asked)
+        find_image_column(empty.schema, asked)
     info = put(store, "a.parquet", parquet(empty))
     with pytest.raises(ParquetInputError, match=words) as caught:
         index.index_parquet(store, info, 10, asked)

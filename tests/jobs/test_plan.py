@@ -15,7 +15,7 @@ import pytest
 from jobs import chunks, detect, plan, tasks
 from jobs.cluster import ClusterError
 from jobs.detect import InputError, look
-from jobs.index import ParquetInputError
+from jobs.parquet_columns import ParquetInputError
 from jobs.plan import Cut, Plan, PlanError
 from jobs.read import Source, read_chunk
 from jobs.storage import open_store

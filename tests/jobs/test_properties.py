@@ -19,6 +19,7 @@ from jobs import chunks, index, plan, predict
 from jobs.chunks import Chunk
 from jobs.config import PredictConfig
 from jobs.detect import object_table
+from jobs.parquet_columns import ParquetInputError
 from jobs.plan import Plan
 from jobs.read import Source, read_chunk
 from jobs.storage import open_store
@@ -220,7 +221,7 @@ def test_no_changed_byte_of_a_parquet_shard_loses_a_row_in_silence(
     store = OneObject(bytes(changed), "a.parquet")
     try:
         planned = index.index_parquet(store, store.the_info, chunk_size, None)
-    except index.ParquetInputError:
+    except ParquetInputError:
         # The name or the type of the image column is another one: the plan is refused.
         return
     rows = read_all(planned, store)
@@ -257,7 +258,7 @@ def test_no_footer_ends_the_process(flip: int) -> None:
     for at in range(footer_start(data), footer_start(data) + 60):
         changed = data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :]
         store = OneObject(changed, "a.parquet")
-        with contextlib.suppress(index.ParquetInputError):
+        with contextlib.suppress(ParquetInputError):
             read_all(index.index_parquet(store, store.the_info, 4, None), store)
 
 

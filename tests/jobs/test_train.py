@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jobs import checkpoints, train_task
 from jobs import train as verb
 from jobs.__main__ import main
-from jobs.config import ConfigError, TrainConfig
+from jobs.config import ConfigError
 from jobs.storage import open_store
+from jobs.train_config import TrainConfig
 from segmodel import bundle, initial, scenes
 from segmodel.settings import ModelSettings
 from tests.conftest import Bucket
