@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection
-from typing import Any
 
 import yaml
 
@@ -14,15 +13,22 @@ from segmodel import policy as policies
 from segmodel.policy import Policy, PolicyError
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML without its silence about a key that comes twice, of which the last one would win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise PolicyError(f"the key {key!r} comes twice")
-        return super().construct_mapping(node, deep)
+def _each_key_once(document: yaml.Node | None) -> None:
+    """YAML is silent about a key that comes twice, of which the last one would win."""
+    seen, waiting = set(), [document]
+    while waiting:  # no recursion: an alias may stand within what it names
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [(key.tag, key.value) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise PolicyError(f"the key {key[1]!r} comes twice")
+            waiting += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def load(uri: str, endpoint_url: str | None, categories: Collection[str]) -> Policy:
@@ -38,8 +44,9 @@ def load(uri: str, endpoint_url: str | None, categories: Collection[str]) -> Pol
     """
     store, name = open_uri(uri, endpoint_url)
     try:
-        document = yaml.load(store.read(name), _EachKeyOnce)
-        found = policies.parse(document)
+        text = store.read(name)
+        _each_key_once(yaml.compose(text, yaml.SafeLoader))
+        found = policies.parse(yaml.safe_load(text))
     except FileNotFoundError:
         raise ConfigError(f"--policy: there is no file {store.url(name)}") from None
     except yaml.YAMLError as error:
