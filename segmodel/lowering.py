@@ -46,6 +46,21 @@ class ClassMasks(nn.Module):
         return found.permute(0, 1, 3, 2, 4).reshape(num, 2 * side, 2 * side)
 
 
+class InDtype(nn.Module):
+    """A part of the network that works in a dtype of its own, between float32 and float32."""
+
+    def __init__(self, part: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.part, self.dtype = part.to(dtype), dtype
+
+    def forward(self, features: Tensor | list[Tensor], *more: Tensor) -> Any:
+        """Call the part with features in its dtype; what it returns becomes float32."""
+        if isinstance(features, Tensor):
+            return self.part(features.to(self.dtype), *more).float()
+        found = self.part([feature.to(self.dtype) for feature in features], *more)
+        return tuple([one.float() for one in some] for some in found)
+
+
 class AllMasks(nn.Module):
     """torchvision's `MaskRCNNPredictor` as it is, of whose logits one class is taken."""
 
@@ -74,7 +89,8 @@ def lower(model: MaskRCNN, dtype: torch.dtype, device: torch.device) -> None:
 
     Args:
         model: In evaluation mode, its weights loaded, on the CPU.
-        dtype: Of the backbone and feature pyramid; the heads stay float32.
+        dtype: Of convolutions and of what is done for each box and mask. RoIAlign, the last layer of the box
+            head and non-maximum suppression stay float32.
         device: Where the model will run.
     """
     fold_batch_norm(model)
@@ -82,9 +98,14 @@ def lower(model: MaskRCNN, dtype: torch.dtype, device: torch.device) -> None:
     heads.mask_predictor = ClassMasks(heads.mask_predictor)
     for part in (model.backbone, model.rpn.head, heads.box_head, heads.mask_head):
         part.to(memory_format=torch.channels_last)
-        if device.type == "cpu" and (dtype == torch.float32 or part is not model.backbone):
+        if device.type == "cpu" and dtype == torch.float32:
             _use_winograd(part)
     model.backbone.to(dtype)
+    if dtype != torch.float32:
+        model.rpn.head = InDtype(model.rpn.head, dtype)
+        heads.box_head = InDtype(heads.box_head, dtype)
+        heads.mask_head = InDtype(heads.mask_head, dtype)
+        heads.mask_predictor = InDtype(heads.mask_predictor, dtype)
     _pool_on_cpu(model, device, torch.channels_last)
 
 

@@ -52,8 +52,9 @@ def precision() -> None:
 
 def packed(bundle: Path, folder: str) -> None:
     """Measure a trained bundle on a packed set, and add the rows."""
-    found = list(training_set.rows(training_set.load([folder], None).chunks))
-    images = [decode(one["image"]["bytes"]) for one in found]
+    chunks = training_set.load([folder], None).chunks
+    found = [{**one, "status": "ok"} for one in training_set.rows(chunks)]
+    images = [decode(one["data"]) for one in found]
     name = f"{Path(folder).name}, {len(images)} photos"
     compare(load(bundle), Set(name=name, images=images, truth=found))
 

@@ -27,6 +27,7 @@ import pycocotools.mask as coco_mask
 import torch
 from PIL import Image
 
+from jobs.train_task import cpu_has_bf16
 from segmodel import bundle as bundles
 from segmodel.bundle import Bundle
 from segmodel.model import mask_rcnn
@@ -40,7 +41,7 @@ SIZES: Mapping[Architecture, tuple[int, int]] = {
     "maskrcnn_resnet50_fpn": (800, 1333),
     "small": (320, 640),
 }
-IMAGES: Mapping[Architecture, int] = {"maskrcnn_resnet50_fpn": 16, "small": 60}
+IMAGES: Mapping[Architecture, int] = {"maskrcnn_resnet50_fpn": 24, "small": 60}
 CHUNK_SIZE: Mapping[Architecture, int] = {"maskrcnn_resnet50_fpn": 2, "small": 5}
 BATCH = 2
 Found = dict[str, list[str]]
@@ -99,7 +100,8 @@ def _ways(
             [*module, way, str(folder), str(out)],
             lambda out=out: float((out / "rate").read_text()),
         )
-    for precision in ("fp32", "fp32-fast"):
+    precisions = ["fp32", "fp32-fast", *(["bf16"] if cpu_has_bf16() else [])]
+    for precision in precisions:
         out = folder / f"job {precision}-{turn}"
         flags = {
             "input": folder / "shards",
