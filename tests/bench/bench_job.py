@@ -22,7 +22,7 @@ import psutil
 from PIL import Image
 
 from segmodel import bundle, initial, scenes
-from segmodel.settings import ModelSettings
+from segmodel.settings import Architecture, ModelSettings
 from tests.bench import results
 
 PER_SHARD = 100
@@ -33,11 +33,20 @@ POLL_S = 0.2
 CORES = len(psutil.Process().cpu_affinity())
 
 
-def cost(num_images: int = 300, repeats: int = 2) -> None:
-    """Measure images/s of the job against the bare loop, in turns."""
+def cost(repeats: int = 2) -> None:
+    """Measure images/s of the job against the bare loop, in turns, for both sizes of model."""
+    for arch, min_size, num_images in (
+        ("small", 320, 300),
+        ("maskrcnn_resnet50_fpn", 800, 40),
+    ):
+        _cost(arch, min_size, num_images, repeats)
+
+
+def _cost(arch: Architecture, min_size: int, num_images: int, repeats: int) -> None:
+    chunk_size = max(2, num_images // 20)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = make_bundle(folder / "model", min_size=320)
+        model = make_bundle(folder / "model", min_size, arch)
         make_shards(folder / "shards", num_images, (480, 640))
         steady, whole, bare, two = [], [], [], []
         for repeat in range(repeats):
@@ -45,10 +54,10 @@ def cost(num_images: int = 300, repeats: int = 2) -> None:
             two.append(bare_loops(folder, model))
             output = folder / f"out-{repeat}"
             started = time.perf_counter()
-            job(folder / "shards", output, model, DETECTIONS)
+            job(folder / "shards", output, model, DETECTIONS, chunk_size)
             whole.append(num_images / (time.perf_counter() - started))
             steady.append(steady_rate(output))
-    case = f"small model at 320 px, {num_images} scenes of 640x480, {DETECTIONS} detections"
+    case = f"{arch} at {min_size} px, {num_images} scenes of 640x480, {DETECTIONS} detections"
     note = f"median of {repeats}, bare loops and job in turns"
     ratio = statistics.median(s / b for s, b in zip(steady, bare, strict=True))
     like = statistics.median(s / b for s, b in zip(steady, two, strict=True))
@@ -101,10 +110,10 @@ def row(case: str, measure: str, value: float, unit: str, note: str = "") -> dic
     return {"case": case, "measure": measure, "value": f"{value:.4g}", "unit": unit, "note": note}
 
 
-def make_bundle(folder: Path, min_size: int) -> Path:
+def make_bundle(folder: Path, min_size: int, arch: Architecture = "small") -> Path:
     categories = [(category.id, category.name) for category in scenes.CATEGORIES]
     settings = ModelSettings(
-        arch="small", num_classes=len(categories) + 1, min_size=min_size, max_size=2 * min_size
+        arch=arch, num_classes=len(categories) + 1, min_size=min_size, max_size=2 * min_size
     )
     made = initial.random_bundle(settings, initial.numbered_categories(categories), seed=1)
     bundle.save(folder, made)
@@ -128,12 +137,14 @@ def make_shards(folder: Path, num_images: int, size_hw: tuple[int, int]) -> None
                 shard.addfile(member, io.BytesIO(content))
 
 
-def job(shards: Path, output: Path, model: Path, detections: int) -> dict[str, float]:
+def job(
+    shards: Path, output: Path, model: Path, detections: int, chunk_size: int = CHUNK_SIZE
+) -> dict[str, float]:
     """Run `segjobs predict`; return the peak memory in MiB of each kind of process."""
     arguments = ["--input", shards, "--output", output, "--model", model]
     arguments += [
         "--chunk-size",
-        CHUNK_SIZE,
+        chunk_size,
         "--score-threshold",
         0,
         "--max-detections",

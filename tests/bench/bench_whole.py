@@ -151,8 +151,10 @@ def _equality(found: Found, expected: Found) -> str:
 
 def read(output: Path) -> Found:
     """Return the masks of each photo, as JSON texts of its RLEs."""
+    # A job's output has other tables too.
+    rows = output / "predictions" if (output / "predictions").is_dir() else output
     table = pa.concat_tables(
-        pq.read_table(path).select(["key", "detections"]) for path in output.rglob("*.parquet")
+        pq.read_table(path).select(["key", "detections"]) for path in rows.rglob("*.parquet")
     )
     return {
         Path(one["key"]).name: [json.dumps(d["segmentation"]) for d in one["detections"]]
