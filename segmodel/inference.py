@@ -71,9 +71,9 @@ class Predictor:
             bundle: The model.
             device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
             precision: `fp32` is torchvision's arithmetic to the bit. `fp32-fast` folds BatchNorm and has
-                other convolutions, which rounds otherwise. `bf16` and `fp16` are of the backbone and
-                feature pyramid; heads, RoIAlign and non-maximum suppression are always fp32. For
-                `auto` see `settings.resolved`.
+                other convolutions, which rounds otherwise. `bf16` and `fp16` are of convolutions and the
+                heads' large layers; RoIAlign, the last layers of the box head and non-maximum suppression are
+                always fp32. For `auto` see `settings.resolved`.
             score_threshold: Drop what scores lower; the bundle's where None.
             max_detections: For each image, best first; the bundle's where None.
             batch_size: Images in a batch; where None, 8 on a GPU and 1 on a CPU.
