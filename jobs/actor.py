@@ -21,10 +21,10 @@ from jobs.envelope import Envelope, PredictError, chunk_id_of, failed, seal, uns
 from jobs.metrics import Metrics
 from jobs.watchdog import Watchdog
 from segmodel.bundle import Bundle
-from segmodel.images import ImageError, decode
-from segmodel.inference import Image, Predictor
+from segmodel.images import ImageError, Picture, decode_reduced
+from segmodel.inference import Predictor
 from segmodel.schema import Category, Detections
-from segmodel.settings import InferencePrecision
+from segmodel.settings import Decode, InferencePrecision, network_size
 
 # Decoded images that wait for the network, for each decoding thread.
 DECODED_AHEAD = 2
@@ -70,6 +70,7 @@ class Model:
         masks: False for boxes only.
         max_pixels: Larger images are refused.
         output: Of the job: the label of what it tells Prometheus.
+        decode: Whether large JPEGs are decoded at a lower resolution.
     """
 
     bundle: "ray.ObjectRef[Bundle]"
@@ -80,6 +81,7 @@ class Model:
     masks: bool
     max_pixels: int
     output: str = ""
+    decode: Decode = "full"
 
 
 class Predict:
@@ -133,12 +135,23 @@ class Predict:
     def one(self, data: bytes) -> dict[str, Any]:
         """Return the columns of `encode.RAW` that say what is in one image."""
         try:
-            pixels = decode(data, self.model.max_pixels)
+            picture = self._decode(data)
         except ImageError as error:
             return raw_row(None, str(error))
         errors: dict[int, str] = {}
-        found = dict(self.predictor.stream([(0, pixels)], errors.__setitem__))
+        found = dict(self.predictor.stream([(0, picture)], errors.__setitem__))
         return raw_row(found.get(0), errors.get(0))
+
+    def _decode(self, data: bytes) -> Picture:
+        """Decode an image file, at the resolution that the network needs where that was asked for."""
+        settings = self.predictor.settings if self.model.decode == "reduced" else None
+        needed = None if settings is None else partial(network_size, settings)
+        return decode_reduced(data, self.model.max_pixels, needed)
+
+    def _timed_decode(self, data: bytes) -> tuple[Picture, float]:
+        """Return a picture and the seconds that it took."""
+        started = time.perf_counter()
+        return self._decode(data), time.perf_counter() - started
 
     def try_out(self) -> None:
         """Load the model and run it once, on a picture that harms nobody."""
@@ -196,16 +209,16 @@ class Predict:
         errors: dict[int, str],
         seconds: dict[str, float],
         progress: Callable[[], None],
-    ) -> Iterator[tuple[int, Image]]:
-        """Yield number and pixels of the images that can be decoded; note the errors of the others."""
-        under_way: deque[tuple[int, Future[tuple[Image, float]]]] = deque()
+    ) -> Iterator[tuple[int, Picture]]:
+        """Yield number and picture of the images that can be decoded; note the errors of the others."""
+        under_way: deque[tuple[int, Future[tuple[Picture, float]]]] = deque()
 
-        def next_decoded() -> Iterator[tuple[int, Image]]:
+        def next_decoded() -> Iterator[tuple[int, Picture]]:
             number, future = under_way.popleft()
             try:
-                pixels, took = future.result()
+                picture, took = future.result()
                 seconds["decode"] += took
-                yield number, pixels
+                yield number, picture
             except ImageError as error:
                 errors[number] = str(error)
             progress()
@@ -214,17 +227,9 @@ class Predict:
             if error.is_valid:
                 errors[number] = error.as_py()
                 continue
-            future = self.decoders.submit(
-                _timed_decode, data.as_buffer().to_pybytes(), self.model.max_pixels
-            )
+            future = self.decoders.submit(self._timed_decode, data.as_buffer().to_pybytes())
             under_way.append((number, future))
             if len(under_way) == self.window:
                 yield from next_decoded()
         while under_way:
             yield from next_decoded()
-
-
-def _timed_decode(data: bytes, max_pixels: int) -> tuple[Image, float]:
-    """Return an image's pixels and the seconds that they took."""
-    started = time.perf_counter()
-    return decode(data, max_pixels), time.perf_counter() - started

@@ -15,6 +15,7 @@ from segmodel.images import MAX_PIXELS
 from segmodel.settings import (
     ARCHITECTURES,
     Architecture,
+    Decode,
     InferencePrecision,
 )
 
@@ -51,6 +52,11 @@ class PredictConfig:
         "arithmetic; fp32 is torchvision's to the bit; auto is fp32-fast on CPUs, which rounds "
         "otherwise, and fp32 on GPUs",
         "auto",
+    )
+    decode: Decode = option(
+        "reduced: JPEGs at least twice as large as the network's input are scaled down while they are "
+        "decoded, which is faster and shows the network other pixels",
+        "full",
     )
     tasks: Literal["masks", "boxes"] = option("boxes leaves the masks out and is faster", "masks")
     batch_size: int | None = option(

@@ -343,6 +343,7 @@ def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle, output
         bundle=ray.put(bundle),
         categories=bundle.by_label(),
         precision=job["precision"],
+        decode=config.decode,
         score_threshold=job["score_threshold"],
         max_detections=job["max_detections"],
         masks=config.tasks == "masks",

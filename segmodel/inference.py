@@ -15,6 +15,7 @@ from torchvision.models.detection.transform import resize_boxes
 
 from segmodel.batching import batches
 from segmodel.bundle import Bundle
+from segmodel.images import Picture
 from segmodel.lowering import keep_exact, lower
 from segmodel.model import mask_rcnn
 from segmodel.resize import Resizer
@@ -125,11 +126,13 @@ class Predictor:
             lower(model, _DTYPES[self.precision], self.device)
         return model.to(self.device)
 
-    def predict(self, images: Sequence[Image]) -> list[Detections]:
+    def predict(self, images: Sequence[Image | Picture]) -> list[Detections]:
         """Segment images.
 
         Args:
-            images: Each (H, W, 3) uint8 RGB, upright, as `images.decode` gives them.
+            images: Each (H, W, 3) uint8 RGB, upright, as `images.decode` gives them; or, as
+                `images.decode_reduced` does, with fewer pixels than their file has, whose size
+                then counts for the network's input, boxes and masks.
 
         Returns:
             One `Detections` for each image, in their order.
@@ -143,7 +146,7 @@ class Predictor:
 
     def stream(
         self,
-        images: Iterable[tuple[int, Image]],
+        images: Iterable[tuple[int, Image | Picture]],
         refuse: Callable[[int, str], None] | None = None,
     ) -> Iterator[tuple[int, Detections]]:
         """Segment numbered images as they come, holding only a few batches of them.
@@ -164,13 +167,14 @@ class Predictor:
             torch.OutOfMemoryError: An image alone does not fit, and there is no `refuse`.
         """
         look_ahead = self.batch_size * LOOK_AHEAD_BATCHES if self.batch_size > 1 else 1
+        pictures = ((number, _as_picture(image)) for number, image in images)
         for group in batches(
-            images, lambda item: self._padded_size(item[1]), self.batch_size, look_ahead
+            pictures, lambda item: self._padded_size(item[1]), self.batch_size, look_ahead
         ):
             yield from self._predict_group(group, refuse)
 
     def _predict_group(
-        self, group: list[tuple[int, Image]], refuse: Callable[[int, str], None] | None
+        self, group: list[tuple[int, Picture]], refuse: Callable[[int, str], None] | None
     ) -> Iterator[tuple[int, Detections]]:
         """Segment images of one padded size, as many at a time as fit the device."""
         size = self._padded_size(group[0][1])
@@ -186,12 +190,12 @@ class Predictor:
                 yield from zip((number for number, _ in part), found, strict=True)
                 continue
             number, image = part[0]
-            why = "memory: {} x {} pixels do not fit the device".format(*image.shape[:2])
+            why = "memory: {} x {} pixels do not fit the device".format(*image.size_hw)
             if refuse is None:
                 raise torch.OutOfMemoryError(why)
             refuse(number, why)
 
-    def _try_batch(self, images: list[Image]) -> list[Detections] | None:
+    def _try_batch(self, images: list[Picture]) -> list[Detections] | None:
         """Run the network; return None where the device has no memory for it."""
         try:
             found = self._predict_batch(images)
@@ -205,12 +209,11 @@ class Predictor:
         torch.cuda.empty_cache()
         return None
 
-    def _padded_size(self, image: Image) -> tuple[int, int]:
-        _check(image)
-        height, width = network_size(self.settings, image.shape[:2])
+    def _padded_size(self, image: Picture) -> tuple[int, int]:
+        height, width = network_size(self.settings, image.size_hw)
         return _round_up(height), _round_up(width)
 
-    def _predict_batch(self, images: list[Image]) -> list[Detections]:
+    def _predict_batch(self, images: list[Picture]) -> list[Detections]:
         """Run the network on images of one padded size."""
         with self._lock, torch.inference_mode():
             started = time.perf_counter()
@@ -220,7 +223,7 @@ class Predictor:
             proposals, _ = self.model.rpn(batch, features)
             found = self._detect(features, proposals, batch.image_sizes)
             detections = [
-                _to_detections(one, image.shape[:2], size_hw)
+                _to_detections(one, image.size_hw, size_hw)
                 for one, image, size_hw in zip(found, images, batch.image_sizes, strict=True)
             ]
             self.busy.seconds += time.perf_counter() - started
@@ -249,20 +252,22 @@ class Predictor:
                 one["masks"] = masks
         return found
 
-    def _to_batch(self, images: list[Image]) -> ImageList:
+    def _to_batch(self, images: list[Picture]) -> ImageList:
         """Scale to 0..1, normalise, resize, pad: `GeneralizedRCNNTransform`, for one padded size."""
         layout = torch.contiguous_format if self.precision == "fp32" else torch.channels_last
         shape = (len(images), 3, *self._padded_size(images[0]))
         padded = torch.empty(shape, device=self.device, memory_format=layout).zero_()
         sizes = []
         for row, image in zip(padded, images, strict=True):
-            height, width = network_size(self.settings, image.shape[:2])
+            height, width = network_size(self.settings, image.size_hw)
             sizes.append((height, width))
             if self.device.type == "cpu":
-                self._resizer.write(image, row[:, :height, :width])
+                self._resizer.write(image.pixels, row[:, :height, :width])
                 continue
             # torch refuses negative strides and warns of read-only memory: only those are copied.
-            pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(self.device)
+            pixels = torch.from_numpy(np.require(image.pixels, requirements=["C", "W"])).to(
+                self.device
+            )
             # One float copy of the image and no more: it may have 89 megapixels.
             normalised = pixels.permute(2, 0, 1).contiguous().float()
             normalised.div_(255).sub_(self._mean).div_(self._std)
@@ -272,11 +277,14 @@ class Predictor:
         return ImageList(padded, sizes)
 
 
-def _check(image: Image) -> None:
+def _as_picture(image: Image | Picture) -> Picture:
+    if isinstance(image, Picture):
+        return image
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype != np.uint8:
         raise ValueError(
             f"an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}: see `images.decode`"
         )
+    return Picture(image, (image.shape[0], image.shape[1]))
 
 
 def _round_up(pixels: int) -> int:

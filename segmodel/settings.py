@@ -12,6 +12,8 @@ InferencePrecision = Literal["auto", "fp32", "fp32-fast", "bf16", "fp16"]
 # takes the box from the pixel where it begins to the pixel where it ends, both included, and so spreads a
 # mask over half a pixel more at each side, on average: see `losses._spread`.
 MaskTargets = Literal["torchvision", "pasted"]
+# reduced: JPEGs far larger than the network's input are scaled down while they are decoded.
+Decode = Literal["full", "reduced"]
 Norm = Literal["batch", "frozen"]
 Architecture = Literal["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "small"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +20,10 @@ from jobs import training_set
 from segmodel import coco, masks, scenes
 from segmodel.bundle import Bundle, load
 from segmodel.evaluation import evaluate
-from segmodel.images import decode
+from segmodel.images import MAX_PIXELS, Picture, decode, decode_reduced
 from segmodel.inference import Predictor
 from segmodel.schema import Rle, detection_rows
-from segmodel.settings import InferencePrecision
+from segmodel.settings import InferencePrecision, network_size
 from tests.bench import results
 from tests.bench.bench_job import row
 
@@ -33,11 +34,12 @@ FRESH = range(5_000_000, 5_000_040)
 
 @dataclass(frozen=True, kw_only=True)
 class Set:
-    """Pictures and their truth, rows of the one schema."""
+    """Pictures and their truth, rows of the one schema; perhaps also as `decode_reduced` gives them."""
 
     name: str
     images: Sequence[Any]
     truth: Sequence[dict[str, Any]]
+    reduced: Sequence[Picture] = ()
 
 
 def precision() -> None:
@@ -56,7 +58,15 @@ def packed(bundle: Path, folder: str) -> None:
     found = [{**one, "status": "ok"} for one in training_set.rows(chunks)]
     images = [decode(one["data"]) for one in found]
     name = f"{Path(folder).name}, {len(images)} photos"
-    compare(load(bundle), Set(name=name, images=images, truth=found))
+    model = load(bundle)
+    needed = partial(network_size, model.settings)
+    reduced = [decode_reduced(one["data"], MAX_PIXELS, needed) for one in found]
+    # Of photos that are not large, it is the same.
+    if all(
+        picture.pixels.shape == image.shape for picture, image in zip(reduced, images, strict=True)
+    ):
+        reduced = []
+    compare(model, Set(name=name, images=images, truth=found, reduced=reduced))
 
 
 def compare(bundle: Bundle, pictures: Set) -> None:
@@ -64,19 +74,22 @@ def compare(bundle: Bundle, pictures: Set) -> None:
     torch.set_num_threads(1)
     case = f"{bundle.settings.arch} at {bundle.settings.min_size} px, {pictures.name}"
     reference: list[list[dict[str, Any]]] = []
-    for kind in get_args(InferencePrecision)[1:]:
+    ways = [(kind, kind, pictures.images) for kind in get_args(InferencePrecision)[1:]]
+    if pictures.reduced:
+        ways.append(("fp32-fast, decoded reduced", "fp32-fast", pictures.reduced))
+    for name, kind, images in ways:
         started = time.process_time()
-        found = _predict(bundle, pictures.images, kind)
+        found = _predict(bundle, images, kind)
         seconds = (time.process_time() - started) / len(found)
         reference = reference or found
         rows = [{**t, "detections": d} for t, d in zip(pictures.truth, found, strict=True)]
         scores = evaluate(pictures.truth, rows)
         note = _agreement(found, reference)
         measured = [("CPU seconds for an image", seconds, "s")]
-        for name, metrics in (("mask", scores.mask), ("box", scores.box)):
+        for what, metrics in (("mask", scores.mask), ("box", scores.box)):
             if metrics is not None:
-                measured += [(f"{name} AP", metrics.AP, "AP"), (f"{name} AP50", metrics.AP50, "AP")]
-        results.add("precision", [row(case, f"{kind}, {m}", v, u, note) for m, v, u in measured])
+                measured += [(f"{what} AP", metrics.AP, "AP"), (f"{what} AP50", metrics.AP50, "AP")]
+        results.add("precision", [row(case, f"{name}, {m}", v, u, note) for m, v, u in measured])
 
 
 def _predict(

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jobs.envelope import Envelope, seal, unseal
 from jobs.read import IMAGES
 from jobs.storage import open_store
 from segmodel import bundle, masks
-from segmodel.images import MAX_PIXELS, decode
+from segmodel.images import MAX_PIXELS, decode, decode_reduced
 from segmodel.inference import Predictor
 from segmodel.schema import PREDICTIONS, Category, Detections
 
@@ -77,6 +78,25 @@ def test_detections_are_those_of_the_bare_predictor(
         assert (row["height"], row["width"]) == one.size_hw
         assert row["boxes_xyxy"] == one.boxes_xyxy.tobytes()
         assert row["mask_probs"] == one.mask_probs.tobytes()
+
+
+def test_large_jpegs_may_be_decoded_at_a_lower_resolution(
+    model: Model, actor: Predict, jpeg: Callable[..., bytes]
+) -> None:
+    reducing = Predict(replace(model, decode="reduced"), actor.pool)
+    small, large = jpeg(1, (100, 120)), jpeg(2, (300, 420))
+    contents = [small, large, b"text"]
+    rows, plain = (unseal(one(block_of(contents))).table.to_pylist() for one in (reducing, actor))
+    assert rows[0] == plain[0]
+    assert rows[2] == plain[2]
+    assert rows[1] == {**plain[1], **reducing.one(large)}
+    assert (rows[1]["height"], rows[1]["width"]) == (300, 420)
+    # The network takes 64 x 89 pixels.
+    quarter = decode_reduced(large, MAX_PIXELS, lambda _: (64, 89))
+    assert quarter.pixels.shape == (75, 105, 3)
+    (expected,) = reducing.predictor.predict([quarter])
+    assert rows[1]["boxes_xyxy"] == expected.boxes_xyxy.tobytes()
+    assert rows[1]["boxes_xyxy"] != plain[1]["boxes_xyxy"]
 
 
 def test_images_that_cannot_be_decoded_keep_their_place(

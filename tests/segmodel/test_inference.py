@@ -15,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from segmodel import masks
 from segmodel.bundle import Bundle
+from segmodel.images import Picture
 from segmodel.inference import LOOK_AHEAD_BATCHES, Image, Predictor
 from segmodel.model import mask_rcnn
 from segmodel.schema import Detections, Rle
@@ -214,6 +215,18 @@ def test_batch_mates_change_nothing_but_roundings(
     assert len(shapes) < len(MIXED)
     assert sum(shape[0] for shape in shapes) == len(MIXED)
     assert 2 <= max(shape[0] for shape in shapes) <= batch_size
+
+
+def test_a_picture_with_fewer_pixels_than_its_file_has_the_files_size(
+    predictor: Predictor, image: MakeImage
+) -> None:
+    whole = image(90, 120)
+    (found,) = predictor.predict([Picture(whole, (90, 120))])
+    assert_equal(found, predictor.predict([whole])[0])
+    flat = np.full((180, 240, 3), 90, np.uint8)
+    (found,) = predictor.predict([Picture(flat[::4, ::4].copy(), (180, 240))])
+    assert share_kept(found, predictor.predict([flat])[0]) > 0.9
+    assert found.boxes_xyxy.max() > 120
 
 
 def test_stream_takes_images_only_as_it_needs_them(small: Bundle, image: MakeImage) -> None:
