@@ -42,7 +42,7 @@ _ADVICE = {
     "403": _DENIED,
     "AccessDenied": _DENIED,
     # A HEAD request has no body that would say more.
-    "400": "the request is refused: check that the credentials have not expired, and AWS_REGION",
+    "400": "the request is refused: check that the credentials have not expired, and AWS_DEFAULT_REGION",
     "ExpiredToken": _EXPIRED,
     "ExpiredTokenException": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,
@@ -51,9 +51,9 @@ _ADVICE = {
     "SignatureDoesNotMatch": "the secret key is not that of the access key: check "
     "AWS_SECRET_ACCESS_KEY",
     "RequestTimeTooSkewed": "the clocks of this machine and of the store differ: set this one's",
-    "AuthorizationHeaderMalformed": "the bucket is in another region: check AWS_REGION",
-    "PermanentRedirect": "the bucket is in another region: check AWS_REGION and --endpoint-url",
-    "301": "the bucket is in another region: check AWS_REGION and --endpoint-url",
+    "AuthorizationHeaderMalformed": "the bucket is in another region: check AWS_DEFAULT_REGION",
+    "PermanentRedirect": "the bucket is in another region: check AWS_DEFAULT_REGION and --endpoint-url",
+    "301": "the bucket is in another region: check AWS_DEFAULT_REGION and --endpoint-url",
     "InvalidObjectState": "the object is archived: restore it first",
     "NotImplemented": "the store does not know such a request: conditional puts and ranged reads "
     "are needed",

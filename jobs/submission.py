@@ -101,11 +101,11 @@ def _with_files(flags: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, b
     known = {f"--{name}" for name in FILES}
     names_a_file = False
     for argument in flags:
-        if holds_credentials(argument):
+        flag, equals, value = argument.partition("=")
+        if holds_credentials(argument) or holds_credentials(value):
             raise ConfigError(
                 "the command holds a password or a signature, and would stand in logs: take it out"
             )
-        flag, equals, value = argument.partition("=")
         if not names_a_file and equals and flag in known:
             arguments.append(f"{flag}={_take(value, files)}")
         else:

@@ -20,7 +20,7 @@ class SubmitConfig:
     no_wait: bool = option("say the job's name and end; run again without it to follow", False)  # noqa: FBT003
     stop: bool = option("end the job of this command instead, if it is at work", False)  # noqa: FBT003
     env: list[str] = option(
-        "names of environment variables that the job gets as they are here, such as AWS_PROFILE AWS_REGION; no "
+        "names of environment variables that the job gets as they are here, such as AWS_PROFILE AWS_DEFAULT_REGION; no "
         "credentials",
         (),
     )

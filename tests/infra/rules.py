@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.scripts.scripts import start as ray_start
 
 from jobs.__main__ import VERBS
 from jobs.config import ConfigError
@@ -30,6 +31,8 @@ VALUES = {
 }
 # Ray's own default for its object store, of a node's memory.
 STORE_SHARE = 0.3
+# KubeRay makes flags of `rayStartParams`.
+START_FLAGS = {flag.removeprefix("--") for one in ray_start.params for flag in one.opts}
 GI = 2**30
 
 
@@ -109,6 +112,8 @@ def _life(spec: dict[str, Any]) -> Iterator[str]:
 def _head(group: dict[str, Any]) -> Iterator[str]:
     if group["rayStartParams"].get("num-cpus") != "0":
         yield "the head does work: num-cpus must be 0"
+    if group["template"]["spec"].get("automountServiceAccountToken") is not True:
+        yield "the head's autoscaler has no token: its account mounts none by itself"
     yield from _pod("head", group, "on-demand")
 
 
@@ -138,6 +143,8 @@ def _pod(name: str, group: dict[str, Any], capacity: str) -> Iterator[str]:
         yield f"{name}: must be on {capacity} nodes"
     if not spec.get("securityContext", {}).get("runAsNonRoot"):
         yield f"{name}: may run as root"
+    for flag in sorted(group["rayStartParams"].keys() - START_FLAGS):
+        yield f"{name}: ray start has no --{flag}"
     yield from _volumes(name, group, spec, container)
 
 

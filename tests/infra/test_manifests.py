@@ -62,6 +62,8 @@ PLANTED = [
     ("capacity-type: on-demand", "capacity-type: spot", "head: must be on on-demand nodes"),
     ("capacity-type: spot", "capacity-type: on-demand", "gpu: must be on spot nodes"),
     ('num-cpus: "0"', 'num-cpus: "4"', "the head does work"),
+    ("automountServiceAccountToken: true", "automountServiceAccountToken: false", "autoscaler has no token"),
+    ("num-cpus: ", "num-cpu: ", "head: ray start has no --num-cpu"),
     ("serviceAccountName: segjobs", "serviceAccountName: default", "no service account"),
     ("runAsNonRoot: true", "runAsNonRoot: false", "may run as root"),
     ("sizeLimit: 16Gi", "sizeLimit: 1Gi", "gpu: /dev/shm has no room for an object store of 14.4 GiB"),

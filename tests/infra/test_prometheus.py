@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.jobs.prometheus import DASHBOARD, INFRA, needed, panels
+from tests.jobs.prometheus import DASHBOARD, INFRA, needed, panels, used
 
 FOLDER = INFRA / "prometheus"
 
@@ -67,6 +67,16 @@ def test_the_scrape_configuration_can_be_read(copy: Path) -> None:
     config["scrape_configs"][0]["relabel_configs"][0]["actions"] = "keep"
     file.write_text(yaml.safe_dump(config))
     assert promtool("check", "config", "scrape.yaml", folder=copy).returncode == 1
+
+
+def test_the_account_lists_each_panel_with_its_series_and_no_other() -> None:
+    account = (INFRA / "grafana/README.md").read_text().split("## The series behind each panel")[1]
+    rows = [line for line in account.split("## ")[0].splitlines() if line.startswith("| ")][2:]
+    assert rows == [
+        f"| {title} | {', '.join(f'`{name}`' for name in names)} |"
+        for title, expressions in panels()
+        for names in [sorted({name for asks in expressions for name in used(asks)})]
+    ]
 
 
 def test_the_dashboard_is_whole() -> None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.__main__ import VERBS
-from jobs.submission import prepare
-from tests.infra import runbook
 from tests.infra.kuberay import problems
-from tests.infra.rules import KUBERNETES, VALUES, entrypoint_problems, job_problems, load
+from tests.infra.rules import KUBERNETES, job_problems, load
 
 TEXT = (KUBERNETES / "label.yaml").read_text()
 
@@ -163,15 +159,3 @@ def test_the_script_starts_once_and_ends_as_the_job_does(
         assert job_problems(made) == []
         assert made["metadata"]["name"] == "segjobs-label-1"
         assert made["metadata"]["ownerReferences"][0]["uid"] == "1234"
-
-
-def test_plain_cron_submits_what_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("policy.yaml").write_text("{}\n")
-    (line,) = runbook.block("Label every night", "cron").commands
-    found = re.fullmatch(r"(?:\S+ ){5}cd \S+ && (\S*segjobs .+) >> \S+ 2>&1", line)
-    assert found is not None
-    words = runbook.words(found[1].replace(".venv/bin/", ""), VALUES)
-    assert list(entrypoint_problems(shlex.join(words))) == []
-    made = prepare(words[words.index("--") + 1 :], VERBS)
-    assert made.name.startswith("segjobs-label-labels-photos-")

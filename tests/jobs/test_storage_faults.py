@@ -145,7 +145,7 @@ def test_waits_double_with_jitter_up_to_a_limit() -> None:
         (400, "ExpiredToken", "have expired: renew them, and run the same command again"),
         (403, "SignatureDoesNotMatch", "check AWS_SECRET_ACCESS_KEY"),
         (404, "NoSuchBucket", "the bucket does not exist: check its name and --endpoint-url"),
-        (400, "AuthorizationHeaderMalformed", "another region: check AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", "another region: check AWS_DEFAULT_REGION"),
         (405, "MethodNotAllowed", "check that --endpoint-url is an S3 store"),
         (403, "InvalidObjectState", "archived: restore it first"),
         (501, "NotImplemented", "conditional puts and ranged reads"),

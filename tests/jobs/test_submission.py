@@ -82,6 +82,14 @@ def test_configuration_files_travel(given: list[str], tmp_path: Path) -> None:
             [*PREDICT, "--output", "s3://bb/t", "--image-column", "http://u:pw@host"],
             "a password or a signature",
         ),
+        (
+            [*PREDICT, "--output", "s3://bb/t", "--image-column=https://pw@host/x"],
+            "a password or a signature",
+        ),
+        (
+            [*PREDICT, "--output", "s3://bb/t", "--image-column=https://host/x?X-Amz-Signature=pw"],
+            "a password or a signature",
+        ),
     ],
 )
 def test_what_cannot_run_elsewhere_is_refused(command: list[str], words: str) -> None:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,51 +218,60 @@ def test_without_the_token_it_says_what_to_set(shell: Shell, variables: dict[str
     assert TOKEN not in said
 
 
-@dataclass(frozen=True)
-class Runbook:
-    """Runs blocks of the runbook in a shell, as they are."""
-
-    folder: Path
-    variables: dict[str, str]
-
-    def start(self, heading: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            ["bash", "-ec", runbook.block(heading, "test").text],
-            cwd=self.folder,
-            env={**os.environ, **self.environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, heading: str) -> tuple[int, str]:
-        process = self.start(heading)
-        said, _ = process.communicate(timeout=DEADLINE_S)
-        return process.returncode, " ".join(said.split())
-
-
 @pytest.fixture
-def book(photos: Bucket, tiny_bundle: Path, tmp_path: Path) -> Runbook:
-    """A shell in a folder with settings, the model where the runbook has it, and `segjobs` on its path."""
-    for file in tiny_bundle.iterdir():
-        photos.store("models/small").put(file.name, file.read_bytes())
-    program = tmp_path / "segjobs"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{PROGRAM}" "$@"\n')
-    program.chmod(0o755)
-    (tmp_path / "settings.yaml").write_text(SETTINGS)
-    return Runbook(
-        tmp_path,
+def book(
+    photos: Bucket,
+    tiny_bundle: Path,
+    other_bundle: Path,
+    put_packed: Callable[..., object],
+    tmp_path: Path,
+) -> runbook.Shell:
+    """A shell for the runbook: settings and a policy, and in the bucket what it names."""
+    models = {
+        "models/small": tiny_bundle,
+        "models/coco": tiny_bundle,
+        "trainings/second/bundle": other_bundle,
+    }
+    for place, bundle in models.items():
+        for file in bundle.iterdir():
+            photos.store(place).put(file.name, file.read_bytes())
+    for name in ("train", "val"):
+        put_packed(photos.store(f"sets/{name}"), 4)
+    photos.store("sets").put("instances.json", json.dumps(truth()).encode())
+    shell = runbook.Shell(
+        tmp_path / "home",
         {
             **AUTHENTICATION,
-            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
             "BUCKET": photos.name,
             "AWS_ENDPOINT_URL": photos.endpoint_url,
         },
+        PROGRAM,
+        DEADLINE_S,
     )
+    (shell.folder / "settings.yaml").write_text(SETTINGS)
+    (shell.folder / "segjobs/policy.yaml").write_text("score_threshold: 0.0\nmin_area: 1\n")
+    return shell
+
+
+def truth() -> dict[str, object]:
+    """One thing in each photo, as COCO says it."""
+    names = [*(f"{place:03d}.png" for place in range(SCENES - 1)), "broken.png"]
+    corners = [10, 10, 50, 10, 50, 60, 10, 60]
+    return {
+        "images": [
+            {"id": n, "file_name": name, "height": 96, "width": 128} for n, name in enumerate(names)
+        ],
+        "annotations": [
+            {"id": n + 1, "image_id": n, "category_id": 1, "bbox": [10, 10, 40, 50], "area": 2000,
+             "iscrowd": 0, "segmentation": [corners]}
+            for n in range(len(names))
+        ],
+        "categories": [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}],
+    }  # fmt: skip
 
 
 def test_the_runbook_and_a_head_that_is_lost(
-    environment: None, photos: Bucket, book: Runbook
+    environment: None, photos: Bucket, book: runbook.Shell
 ) -> None:
     variables = {**AUTHENTICATION, "AWS_ENDPOINT_URL": photos.endpoint_url}
     table = photos.store("tables/photos")
@@ -272,8 +281,8 @@ def test_the_runbook_and_a_head_that_is_lost(
         wait_for_chunks(photos, 3, first, "tables/photos")
         # The driver's node with everything on it.
         head.kill()
-        said = " ".join(first.communicate(timeout=DEADLINE_S)[0].split())
-        assert first.returncode == 1, said
+        code, said = book.end(first)
+        assert code == 1, said
         assert "may be lost with its head node; what it finished is in its output" in said
         done = finished(photos, "tables/photos")
         assert 3 <= done < SCENES / CHUNK_SIZE
@@ -294,7 +303,30 @@ def test_the_runbook_and_a_head_that_is_lost(
         photos.store("photos").put("broken.png", _png(SCENES))
         code, said = book.run("Retry errors")
         assert code == 0, said
+        look_at_the_rest(photos, book)
     assert table.info("_SUCCESS") is not None
     rows = read_rows(photos, "tables/photos")
     assert len(rows) == len({row["image_id"] for row in rows}) == SCENES
     assert {row["status"] for row in rows} == {"ok"}
+
+
+def look_at_the_rest(photos: Bucket, book: runbook.Shell) -> None:
+    """Run what the runbook has for the same cluster besides: another model, a night's labels, a training."""
+    code, said = book.run("Upgrade the model")
+    assert code == 0, said
+    assert photos.store("tables/photos-second").info("_SUCCESS") is not None
+    scores = json.loads(photos.store("tables/photos-second-scores").read("metrics.json"))
+    assert scores["against"]["mask"]["AP"] >= 0
+    code, said = book.run("Label every night")
+    log = (book.folder / "label.log").read_text()
+    assert code == 0, said + log
+    assert photos.store("labels/photos/versions/1").info("manifest.json") is not None
+    # Here are no GPUs: the training waits for some until it is stopped.
+    book.environment["AWS_DEFAULT_REGION"] = "us-east-1"
+    code, said = book.run("Submit", 1)
+    assert code == 0, said
+    assert "is submitted to" in said
+    (command,) = runbook.block("Submit", "test", 1).commands
+    code, said = book.end(book.start_text(command.replace("--no-wait", "--stop")))
+    assert code == 0, said
+    assert "is stopped. Submit the same command again to go on." in said
