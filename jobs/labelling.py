@@ -141,6 +141,7 @@ def rules_of(config: LabelConfig, base: Base) -> Rules:
         model=config.model,
         # Nothing that the policy could want is left out.
         score_threshold=min(bundle.score_threshold, found.lowest_score),
+        max_detections=max(bundle.max_detections, found.max_per_image or 0),
         frozen_plan=True,
         **{name: getattr(config, name) for name in _PASSED_ON},
     )

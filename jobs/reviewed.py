@@ -147,12 +147,12 @@ def _tighten(label: Row) -> None:
 
 def _import_of(parent: Version, found: Reviewed) -> Version | None:
     """Return the version that the same file became, of those that a version builds upon and itself."""
-    step: Version | None = parent
+    made = {version.number: version for version in versions.load_all(parent.store)}
+    step: int | None = parent.number
     while step is not None:
-        if (step.manifest.get("reviewed") or {}).get("sha256") == found.sha256:
-            return step
-        above = step.manifest["parent"]
-        step = None if above is None else versions.load(parent.store, above)
+        if (made[step].manifest.get("reviewed") or {}).get("sha256") == found.sha256:
+            return made[step]
+        step = made[step].manifest["parent"]
     return None
 
 

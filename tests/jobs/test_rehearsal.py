@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from jobs import sorting, versions
+from jobs import labelling, sorting, versions
 from jobs.__main__ import main
+from jobs.label_config import LabelConfig
 from jobs.storage import open_store
 from tests.jobs import labelling_place
 from tests.jobs.labelling_place import POLICY, Place
@@ -105,6 +106,26 @@ def test_it_refuses_what_the_run_refuses(
     with pytest.raises(SystemExit):
         main([*asked, "--policy", str(tmp_path / "policy.yaml")])
     assert "give --model and --policy to --dry-run, or neither" in capsys.readouterr().err
+
+
+def test_predict_leaves_nothing_out_that_the_policy_could_want(place: Place) -> None:
+    place.put("a.tar", {"1.jpg": 1})
+    store = open_store(place.named())
+    for text, threshold, most in (
+        ("", 0.05, 100),
+        ("score_threshold: 0.01", 0.01, 100),
+        ("max_per_image: 30", 0.05, 100),
+        ("max_per_image: 500\ncategories: {car: {score_threshold: 0.02}}", 0.02, 500),
+    ):
+        place.policy(text)
+        config = LabelConfig(
+            input=str(place.root / "in"),
+            dataset=place.named(),
+            model=str(place.model),
+            policy=str(place.root / "policy.yaml"),
+        )
+        asked = labelling.rules_of(config, labelling.look_at(config, store)).predict
+        assert (asked.score_threshold, asked.max_detections) == (threshold, most)
 
 
 def test_categories_that_contradict_the_data_set_are_refused_before_anything_is_predicted(
