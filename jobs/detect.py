@@ -49,6 +49,7 @@ class Input:
         why: Why so.
         objects: Its shards, manifests or images: a table of `OBJECTS`, sorted by path.
         notes: What a person should know.
+        place: Of the store, where a person names it by that and objects lie elsewhere.
     """
 
     store: Store
@@ -56,6 +57,7 @@ class Input:
     why: str
     objects: pa.Table
     notes: tuple[str, ...]
+    place: str = ""
 
     def digest(self) -> str:
         """Return a digest over paths, sizes and etags."""

@@ -8,7 +8,7 @@ is made good by the next. Exit codes: 0 published, or nothing was new; 4 publish
 
 import uuid
 
-from jobs import label_view, labelling, retries, reviewed, versions
+from jobs import label_view, labelling, rehearsal, retries, reviewed, versions
 from jobs.cluster import connect
 from jobs.config import ConfigError
 from jobs.console import console
@@ -38,8 +38,7 @@ def run(config: LabelConfig) -> int:
         raise ConfigError(f"--dataset {config.dataset} lies within --input: choose a place outside")
     connect(config.address)
     if config.dry_run:
-        base = labelling.look_at(config, dataset)
-        label_view.show_news(base.parent, base.found, base.news)
+        rehearsal.show(config, dataset)
         return 0
     _refuse_unsafe(config, dataset)
     make = labelling.label if config.reviewed is None else reviewed.label

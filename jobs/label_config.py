@@ -27,7 +27,11 @@ class LabelConfig:
     )
     list: bool = option("show the versions, and do nothing", False)  # noqa: FBT003
     show: int | None = option("show a version, and do nothing", None)
-    dry_run: bool = option("show what is new, and do nothing", False)  # noqa: FBT003
+    dry_run: bool = option(
+        "show what is new, check model and policy where they are given, say what a run would do, and do "
+        "nothing",
+        False,  # noqa: FBT003
+    )
     promote: int | None = option(
         "make a version (a candidate, or an older one) current until the next is published", None
     )
@@ -72,6 +76,11 @@ class LabelConfig:
             raise ConfigError(
                 f"{', '.join(missing)} must be given to label; --list, --show N and --promote N need "
                 "--dataset alone"
+            )
+        if self.dry_run and (self.model is None) != (self.policy is None):
+            raise ConfigError(
+                "a policy is checked against the model's categories: give --model and --policy to --dry-run, or "
+                "neither"
             )
 
     @property

@@ -99,15 +99,15 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
     base = look_at(config, dataset)
     if not base.news.objects.num_rows:
         return _nothing_new(base, 0)
-    rules = _rules(config, base)
-    if (waiting := _waiting(base, rules)) is not None:
-        return waiting
+    rules = rules_of(config, base)
+    if (candidate := waiting(config, base, rules)) is not None:
+        return _still_waiting(base, candidate)
     label_view.show_news(base.parent, base.found, base.news)
-    begun = _begun(config, base, rules)
-    if begun is not None:
+    began = begun(config, base, rules)
+    if began is not None:
         console.print("An earlier run did not get to its end: what it began is finished first.")
-        base = begun
-        rules = _rules(config, base)
+        base = began
+        rules = rules_of(config, base)
     planned = _planned(config, base, rules)
     if planned is None:
         return _nothing_new(base, base.news.objects.num_rows)
@@ -117,22 +117,31 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
         return code
     done = _publish(config, base, rules, planned)
     # What came after that run had looked.
-    return done if begun is None or done is None else label(config, dataset)
+    return done if began is None or done is None else label(config, dataset)
 
 
-def _rules(config: LabelConfig, base: Base) -> Rules:
+def rules_of(config: LabelConfig, base: Base) -> Rules:
+    """Load and check what labels are made by.
+
+    Raises:
+        BundleError: There is no such model.
+        ConfigError: The policy is not valid, or the model's categories contradict the data set's.
+    """
     assert config.input is not None
     assert config.model is not None
     assert config.policy is not None
     bundle = load_bundle(config.model, config.endpoint_url)
     names = [category.name for category in bundle.categories]
     found = policy.load(config.policy, config.endpoint_url, names)
+    # Now, not when all is predicted.
+    merged_categories(base.parent, bundle, config.model)
     predict = PredictConfig(
         input=config.input,
         output="",
         model=config.model,
         # Nothing that the policy could want is left out.
         score_threshold=min(bundle.score_threshold, found.lowest_score),
+        max_detections=max(bundle.max_detections, found.max_per_image or 0),
         frozen_plan=True,
         **{name: getattr(config, name) for name in _PASSED_ON},
     )
@@ -168,8 +177,11 @@ def _nothing_new(base: Base, touched: int) -> int:
     return 0
 
 
-def _waiting(base: Base, rules: Rules) -> int | None:
-    """Say that what is new is in a candidate already; None where it is not."""
+def waiting(config: LabelConfig, base: Base, rules: Rules) -> Version | None:
+    """Return the candidate that has what is new already and waits; None where a run has something to do.
+
+    A candidate that the gate of this run lets pass does not wait: the run publishes what it holds.
+    """
     last = base.number - 1
     if not last or (base.parent is not None and base.parent.number == last):
         return None
@@ -177,14 +189,19 @@ def _waiting(base: Base, rules: Rules) -> int | None:
     of_candidate = candidate.manifest.get("work"), candidate.manifest.get("policy_digest")
     if not candidate.is_candidate or of_candidate != (rules.digest, policy.digest(rules.policy)):
         return None
+    return None if version_facts.passes(candidate, config.max_drift) else candidate
+
+
+def _still_waiting(base: Base, candidate: Version) -> int:
+    number = candidate.number
     console.print(
-        f"Nothing is new at {base.found.store.uri} since the candidate {last}, which waits: look at it by "
-        f"--show {last}, and make it current by --promote {last}. Nothing was published."
+        f"Nothing is new at {base.found.store.uri} since the candidate {number}, which waits: look at it by "
+        f"--show {number}, and make it current by --promote {number}. Nothing was published."
     )
     return DRIFTED
 
 
-def _begun(config: LabelConfig, base: Base, rules: Rules) -> Base | None:
+def begun(config: LabelConfig, base: Base, rules: Rules) -> Base | None:
     """Return the base of work that an earlier run began with less than what is new now; None without any."""
     number = 0 if base.parent is None else base.parent.number
     others = (versions.load(base.dataset, n) for n in range(number + 1, base.number))
@@ -254,7 +271,6 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
     before = LISTING.empty_table() if base.parent is None else base.parent.objects
     kept, taken = sorting.replace_rows(before, replaced, stage)
     objects = pa.concat_tables([kept, sorting.listed(stage, [*taken.objects, *new.objects])])
-    categories = [{"id": one.id, "name": one.name} for one in rules.bundle.categories]
     manifest = {
         **version_facts.made(base.parent, new, taken, objects, config.max_drift),
         "input": base.found.store.uri,
@@ -263,7 +279,7 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
         "policy": rules.policy.to_dict(),
         "policy_digest": policy_digest,
         "work": rules.digest,
-        "categories": version_facts.merged_categories(base.parent, categories, rules.model),
+        "categories": merged_categories(base.parent, rules.bundle, rules.model),
         "notes": list(planned.notes),
     }
     inputs = novelty.inputs(base.parent, base.news.objects)
@@ -272,6 +288,12 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
     _tidy(base)
     label_view.show(versions.load(base.dataset, base.number))
     return DRIFTED if manifest["exceeded"] else 0
+
+
+def merged_categories(parent: Version | None, bundle: Bundle, model: str) -> list[dict[str, Any]]:
+    """Return the categories of a parent and of a model; see `version_facts.merged_categories`."""
+    categories = [{"id": one.id, "name": one.name} for one in bundle.categories]
+    return version_facts.merged_categories(parent, categories, model)
 
 
 def put(

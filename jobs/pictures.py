@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import chunks, index, plan
+from jobs import chunks, index, plan, versions
 from jobs.chunks import PREDICTIONS_FOLDER, Chunk
 from jobs.detect import Input, look, objects_of
 from jobs.plan import Plan
@@ -69,7 +69,8 @@ def fetch(
 
     Args:
         wanted: Rows of the table.
-        images: The folder, prefix, shard or manifest that the table was made of, or a copy of it.
+        images: The folder, prefix, shard or manifest that the table was made of, or a copy of it; or a
+            version of a data set, which holds its images.
         table: The table's folder.
         endpoint_url: See `storage.open_store`.
 
@@ -82,7 +83,12 @@ def fetch(
     if planned is not None and store.uri in (planned.job.get("input"), planned.folder):
         found = _by_plan(wanted, planned, _source(planned.folder, table, endpoint_url))
     else:
-        found = _by_look(wanted, look(images, "auto", endpoint_url), endpoint_url)
+        of_version = versions.find(images, endpoint_url)
+        # A version holds the images of its rows, whatever became of the input.
+        there = (
+            of_version[0].table(of_version[1]) if of_version else look(images, "auto", endpoint_url)
+        )
+        found = _by_look(wanted, there, endpoint_url)
     missing = {one.row: one for one in wanted}
     for picture in found:
         if missing.pop(picture.row, None):

@@ -2,6 +2,10 @@
 
 The reviewer wins: each image of the file gets the file's labels in the place of the machine's, wherever its row
 was, and one without annotations is accepted as empty. The version that this makes holds the same images.
+
+Of several reviews the one that was imported last wins, image by image. A file that the current version builds upon
+is not imported again, whatever came after it, so an old one can never undo a newer one by accident; nor is one
+that says what the version says already.
 """
 
 import hashlib
@@ -71,12 +75,12 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
     if parent is None:
         raise ConfigError(f"{dataset.uri} has no version to review: label something first")
     found = _with_ids_of(parent, _read(config.reviewed, config.endpoint_url))
-    if _is_in(parent, found):
-        versions_ = f"version {parent.number} of {dataset.uri}"
-        facts("Nothing to do", [("reviewed", f"{found.uri} is in {versions_} already")])
-        return 0
+    if (earlier := _import_of(parent, found)) is not None:
+        return _nothing_to_do(found, _already(earlier, parent))
     categories = version_facts.merged_categories(parent, found.categories, found.uri)
     old = _rows_of(parent, found)
+    if all(_says(mine, theirs) for mine, theirs in zip(old, found.rows, strict=True)):
+        return _nothing_to_do(found, f"version {parent.number} says the same of its images")
     name = version_facts.digest([version_facts.identity(parent), found.sha256])[:DIGITS]
     stage = Stage(store=dataset, folder=f"{versions.folder(most + 1)}/{name}")
     new, counts = _merged(found, old, stage)
@@ -141,8 +145,44 @@ def _tighten(label: Row) -> None:
     label["bbox"] = rle.bounding_boxes([label["segmentation"]])[0].tolist()
 
 
-def _is_in(parent: Version, found: Reviewed) -> bool:
-    return bool((parent.manifest.get("reviewed") or {}).get("sha256") == found.sha256)
+def _import_of(parent: Version, found: Reviewed) -> Version | None:
+    """Return the version that the same file became, of those that a version builds upon and itself."""
+    made = {version.number: version for version in versions.load_all(parent.store)}
+    step: int | None = parent.number
+    while step is not None:
+        if (made[step].manifest.get("reviewed") or {}).get("sha256") == found.sha256:
+            return made[step]
+        step = made[step].manifest["parent"]
+    return None
+
+
+def _already(earlier: Version, parent: Version) -> str:
+    if earlier.number == parent.number:
+        return f"is in version {parent.number} already"
+    return (
+        f"is in version {parent.number} already, which builds upon version {earlier.number}; what was imported or "
+        f"replaced since stays. To have its labels win again, export the file anew from the reviewers' tool, or "
+        f"--promote {earlier.number}"
+    )
+
+
+def _nothing_to_do(found: Reviewed, why: str) -> int:
+    facts("Nothing to do", [("reviewed", f"{found.uri}: {why}. Nothing was published.")])
+    return 0
+
+
+def _says(mine: Row, theirs: Row) -> bool:
+    """Say whether a person has given an image these very labels already."""
+    # An empty image has no score that would tell who says so.
+    by_a_person = mine["detections"] and all(one["score"] is None for one in mine["detections"])
+    return bool(mine["table"] == ACCEPTED and by_a_person and _labels(mine) == _labels(theirs))
+
+
+def _labels(row: Row) -> list[tuple[Any, ...]]:
+    return sorted(
+        (one["category_id"], one["iscrowd"], one["segmentation"]["counts"])
+        for one in row["detections"]
+    )
 
 
 def _rows_of(parent: Version, found: Reviewed) -> list[Row]:

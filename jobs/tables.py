@@ -60,7 +60,9 @@ class Tables:
 
     @property
     def url(self) -> str:
-        """Their folder, or the one object, as a person names it."""
+        """Their folder, their version, or the one object, as a person names it."""
+        if self.listed.place:
+            return self.store.url(self.listed.place)
         paths = self.listed.objects["path"].to_pylist()
         return self.store.url(paths[0] if len(paths) == 1 else "")
 

@@ -19,7 +19,7 @@ from jobs.config import ConfigError
 from jobs.sorting import Sorted
 from jobs.versions import CANDIDATE, PUBLISHED, TABLES, Version
 from segmodel import drift
-from segmodel.drift import Profile
+from segmodel.drift import Distance, Profile
 
 
 def stamp() -> dict[str, str]:
@@ -70,6 +70,18 @@ def merged_categories(
 def profile_of(parent: Version | None) -> Profile:
     """Return what all images of a version hold."""
     return Profile() if parent is None else Profile.from_dict(parent.manifest["profile"]["all"])
+
+
+def passes(candidate: Version, max_drift: float | None) -> bool:
+    """Say whether a candidate would be published by a gate: a looser one than its own.
+
+    Distances are rounded in a manifest: with its own gate a candidate never passes, however close it came.
+    """
+    if max_drift is None:
+        return True
+    manifest = candidate.manifest
+    moved = [Distance(**one) for one in manifest["drift"].values()]
+    return max_drift > manifest["max_drift"] and not any(one.exceeds(max_drift) for one in moved)
 
 
 def made(

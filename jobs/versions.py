@@ -92,6 +92,7 @@ class Version:
             why=f"it is version {self.number} of a data set",
             objects=listing.select(OBJECTS.names),
             notes=(),
+            place=folder(self.number) if name == ACCEPTED else f"{folder(self.number)}/{name}",
         )
 
 

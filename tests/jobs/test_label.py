@@ -259,6 +259,49 @@ def test_reviews_that_cannot_be_are_refused_and_later_ones_win(
     assert place.manifest(3)["profile"]["all"]["empty"] == 1
 
 
+def test_an_old_review_does_not_undo_a_newer_one(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = export_queue(place)
+    assert review(place, out, file) == 0
+    old = out.read_bytes()
+    # A second person takes all labels but one of an image out, and says nothing of the others.
+    (image,) = (i for i in file["images"] if i["file_name"] == "a.tar/2.jpg")
+    (label, *_) = (one for one in file["annotations"] if one["image_id"] == image["id"])
+    newer = {**file, "images": [image], "annotations": [label]}
+    assert review(place, out, newer) == 0
+    now = place.rows(3)
+    assert len(now["a.tar#2.jpg"]["detections"]) == 1
+    place.put("b.tar", {"9.jpg": 9})
+    assert place.label() == 0
+
+    store = open_store(place.named())
+    out.write_bytes(old)
+    capsys.readouterr()
+    assert main(["label", "--dataset", place.named(), "--reviewed", str(out)]) == 0
+    said = words(capsys)
+    assert "is in version 4 already, which builds upon version 2" in said
+    assert "what was imported or replaced since stays" in said
+    assert versions.latest(store) == 4
+    # Written by another tool, the same labels are another file, and change nothing either.
+    other = {**newer, "info": {"date_created": "later"}, "annotations": [{**label, "id": 5}]}
+    assert review(place, out, other) == 0
+    assert "version 4 says the same of its images" in words(capsys)
+    assert versions.latest(store) == 4
+
+    # Exported anew it is a new review, and the last one wins.
+    assert review(place, out, {**file, "info": {"date_created": "later"}}) == 0
+    assert place.manifest(5)["parent"] == 4
+    assert place.rows(5)["a.tar#2.jpg"] == place.rows(2)["a.tar#2.jpg"]
+
+    # Where a version without it was promoted, the old file is none of its past, and is imported.
+    out.write_bytes(old)
+    assert main(["label", "--dataset", place.named(), "--promote", "1"]) == 0
+    assert main(["label", "--dataset", place.named(), "--reviewed", str(out)]) == 0
+    assert place.manifest(6)["parent"] == 1
+    assert place.rows(6) == place.rows(2)
+
+
 def test_who_is_second_starts_from_the_first(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +371,37 @@ def test_loose_images_are_found_by_content_and_read_by_other_verbs(
     assert found["against"]["better"]["better"] == "predictions"
     assert found["mask"]["AP"] == pytest.approx(1)
     assert found["against"]["mask"]["AP"] < 1
+
+
+@pytest.mark.parametrize("images", ["in", "set/versions/1"])
+@pytest.mark.parametrize("table", ["", "review"])
+def test_a_report_shows_a_version_and_its_queue(place: Place, images: str, table: str) -> None:
+    place.policy("score_threshold: 0.6\nreview_from: 0.5\nmin_area: 1\n")
+    place.put("a.tar", {f"{n}.jpg": n for n in range(12)})
+    assert place.label() == 0
+    place.put("b.tar", {f"{n}.jpg": n for n in range(20, 24)})
+    assert place.label() == 0
+    rows = place.rows(1, table or "accepted")
+    assert 1 < len(rows) < 12
+    if images != "in":
+        (place.root / "in" / "a.tar").unlink()
+    shown = "/".join(filter(None, (images, table if images != "in" else "")))
+    arguments = [
+        *("--predictions", place.named("versions", "1", *filter(None, [table]))),
+        *("--images", str(place.root / shown), "--output", str(place.root / "page")),
+    ]
+    assert main(["report", *arguments]) == 0
+    page = (place.root / "page" / "index.html").read_text()
+    # Rows of the second version, and of the other tables, are not on it.
+    labels = sum(len(row["detections"]) for row in rows.values())
+    for number, name in ((len(rows), "images"), (labels, "detections")):
+        assert re.search(rf"\b{number}\b(<[^>]*>|\s)*{name}", page)
+    assert f"versions/1{'/' + table if table else ''}" in page
+    (data,) = re.findall(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL)
+    pictures = {image["key"]: image["src"] for image in json.loads(data)["images"]}
+    assert set(pictures) <= {row["key"] for row in rows.values()}
+    assert pictures
+    assert None not in pictures.values()
 
 
 @pytest.mark.parametrize(
