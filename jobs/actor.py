@@ -71,6 +71,7 @@ class Model:
         max_pixels: Larger images are refused.
         output: Of the job: the label of what it tells Prometheus.
         decode: Whether large JPEGs are decoded at a lower resolution.
+        compiled: Whether the network is compiled.
     """
 
     bundle: "ray.ObjectRef[Bundle]"
@@ -82,6 +83,7 @@ class Model:
     max_pixels: int
     output: str = ""
     decode: Decode = "full"
+    compiled: bool = False
 
 
 class Predict:
@@ -112,6 +114,7 @@ class Predict:
             max_detections=model.max_detections,
             batch_size=pool.batch_size,
             masks=model.masks,
+            compiled=model.compiled,
         )
         predictor.on_batch = partial(self._metrics.observe, "segjobs_batch_images")
         return predictor

@@ -58,6 +58,11 @@ class PredictConfig:
         "decoded, which is faster and shows the network other pixels",
         "full",
     )
+    compile: bool = option(
+        "have torch compile the network: faster, after a minute or more at each start of a copy; rounds otherwise, and "
+        "takes a C++ compiler",
+        False,  # noqa: FBT003
+    )
     tasks: Literal["masks", "boxes"] = option("boxes leaves the masks out and is faster", "masks")
     batch_size: int | None = option(
         "images in a batch; 8 on a GPU and 1 on a CPU if left out", None

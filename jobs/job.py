@@ -29,8 +29,9 @@ def described(
         "max_detections": bundle.max_detections if most is None else most,
         "precision": precision or config.precision,
         "tasks": config.tasks,
-        # Left out where it is `full`, so that plans made before there was a choice can go on.
+        # Left out where they are as ever, so that plans made before there was a choice can go on.
         **({} if config.decode == "full" else {"decode": config.decode}),
+        **({"compile": True} if config.compile else {}),
         "chunk_size": config.chunk_size,
         "limit": config.limit,
         "image_column": config.image_column,

@@ -172,7 +172,13 @@ def _precision(config: PredictConfig, pool: Pool, frozen: Plan | None) -> Infere
     if config.precision == "auto" and frozen is not None:
         # What it was at first: a job that goes on elsewhere keeps to it.
         return cast("InferencePrecision", frozen.job["precision"])
-    return resolved(config.precision, "cuda" if pool.gpus_per_actor else "cpu")
+    precision = resolved(config.precision, "cuda" if pool.gpus_per_actor else "cpu")
+    if precision == "fp32" and config.compile:
+        raise ConfigError(
+            "--compile: fp32 is torchvision's to the bit, and what is compiled rounds otherwise: "
+            "say --precision bf16, fp16 or fp32-fast with it"
+        )
+    return precision
 
 
 def _preview(
@@ -344,6 +350,7 @@ def _model(config: PredictConfig, job: Mapping[str, Any], bundle: Bundle, output
         categories=bundle.by_label(),
         precision=job["precision"],
         decode=config.decode,
+        compiled=config.compile,
         score_threshold=job["score_threshold"],
         max_detections=job["max_detections"],
         masks=config.tasks == "masks",

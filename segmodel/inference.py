@@ -1,5 +1,7 @@
 """Images to boxes, scores and small mask probabilities. Full-size masks are made nowhere here."""
 
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +67,7 @@ class Predictor:
         max_detections: int | None = None,
         batch_size: int | None = None,
         masks: bool = True,
+        compiled: bool = False,
     ) -> None:
         """Build the network and load the weights.
 
@@ -79,9 +82,12 @@ class Predictor:
             max_detections: For each image, best first; the bundle's where None.
             batch_size: Images in a batch; where None, 8 on a GPU and 1 on a CPU.
             masks: False leaves the mask head out: boxes only.
+            compiled: Have `torch.compile` make programs of the network's parts, for all sizes, with the first
+                images: that takes a minute or more, and rounds otherwise.
 
         Raises:
-            ValueError: `precision` is unknown, or a number out of its range.
+            ValueError: `precision` is unknown or not to be compiled, a number is out of its range, or
+                there is no compiler.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,6 +101,9 @@ class Predictor:
                 f"batch_size ({batch_size}) and max_detections ({max_detections}) must be 1 or more"
             )
         self.precision = resolved(precision, self.device.type)
+        if compiled:
+            _refuse_to_compile(self.precision)
+        self.compiled = compiled
         self.batch_size = batch_size
         self.settings = bundle.settings
         self.masks = masks
@@ -123,7 +132,7 @@ class Predictor:
         if self.precision == "fp32":
             keep_exact(model, self.device)
         else:
-            lower(model, _DTYPES[self.precision], self.device)
+            lower(model, _DTYPES[self.precision], self.device, compiled=self.compiled)
         return model.to(self.device)
 
     def predict(self, images: Sequence[Image | Picture]) -> list[Detections]:
@@ -275,6 +284,19 @@ class Predictor:
                 normalised[None], size=(height, width), mode="bilinear", align_corners=False
             )[0]
         return ImageList(padded, sizes)
+
+
+def _refuse_to_compile(precision: InferencePrecision) -> None:
+    if precision == "fp32":
+        raise ValueError(
+            "fp32 is torchvision's to the bit, and what is compiled rounds otherwise: "
+            "choose the precision fp32-fast, bf16 or fp16, or do not compile"
+        )
+    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    if not any(shutil.which(name) for name in compilers if name):
+        raise ValueError(
+            "to compile the network takes a C++ compiler: install g++, or do not compile"
+        )
 
 
 def _as_picture(image: Image | Picture) -> Picture:

@@ -82,23 +82,26 @@ def keep_exact(model: MaskRCNN, device: torch.device) -> None:
     _pool_on_cpu(model, device, torch.contiguous_format)
 
 
-def lower(model: MaskRCNN, dtype: torch.dtype, device: torch.device) -> None:
+def lower(
+    model: MaskRCNN, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+) -> None:
     """Fold BatchNorm into the convolutions, lay channels last, compute masks of one class only.
 
-    In float32 on a CPU, large convolutions of 3 x 3 become Winograd's.
+    In float32 on a CPU, large convolutions of 3 x 3 become Winograd's, unless they are to be compiled.
 
     Args:
         model: In evaluation mode, its weights loaded, on the CPU.
         dtype: Of convolutions and of what is done for each box and mask. RoIAlign, the last layer of the box
             head and non-maximum suppression stay float32.
         device: Where the model will run.
+        compiled: Have `torch.compile` make one program of each part, for all sizes, when it is called first.
     """
     fold_batch_norm(model)
     heads = model.roi_heads
     heads.mask_predictor = ClassMasks(heads.mask_predictor)
     for part in (model.backbone, model.rpn.head, heads.box_head, heads.mask_head):
         part.to(memory_format=torch.channels_last)
-        if device.type == "cpu" and dtype == torch.float32:
+        if device.type == "cpu" and dtype == torch.float32 and not compiled:
             _use_winograd(part)
     model.backbone.to(dtype)
     if dtype != torch.float32:
@@ -107,6 +110,11 @@ def lower(model: MaskRCNN, dtype: torch.dtype, device: torch.device) -> None:
         heads.mask_head = InDtype(heads.mask_head, dtype)
         heads.mask_predictor = InDtype(heads.mask_predictor, dtype)
     _pool_on_cpu(model, device, torch.channels_last)
+    if compiled:
+        # What lies between them chooses boxes, and so waits for the device anyhow.
+        parts = (model.backbone, model.rpn.head, heads.box_head, heads.mask_head)
+        for part in (*parts, heads.mask_predictor):
+            part.compile(dynamic=True)
 
 
 def fold_batch_norm(module: nn.Module) -> None:

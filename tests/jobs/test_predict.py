@@ -329,6 +329,7 @@ def test_a_chunk_that_is_gone_at_the_end_is_missed(
     [
         (("--score-threshold", "0.5"), "score_threshold was 0.0 and is now 0.5"),
         (("--decode", "reduced"), "decode was None and is now 'reduced'"),
+        (("--compile",), "compile was None and is now True"),
         (("--tasks", "boxes"), "tasks was 'masks' and is now 'boxes'"),
         (("--chunk-size", "7"), "chunk_size was 6 and is now 7"),
         (("--limit", "3"), "limit was None and is now 3"),

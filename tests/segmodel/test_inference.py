@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any, get_args
 
 import numpy as np
@@ -399,6 +400,42 @@ def test_fast_is_fp32_but_for_roundings(
         assert share_kept(found, expected) >= 0.9
 
 
+def test_what_is_compiled_finds_the_same_with_a_few_programs_for_all_sizes(
+    small: Bundle, image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a backend of torch's that traces and takes apart what inductor would make programs of: that takes minutes."""
+    whole = torch.nn.Module.compile
+    traced = partialmethod(whole, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = Predictor(small, "cpu", "fp32-fast", compiled=True, batch_size=4)
+    plain = Predictor(small, "cpu", "fp32-fast", batch_size=4)
+    images = [image(*size) for size in [*MIXED, (40, 64), (64, 40), (90, 120)]]
+    found = compiled.predict(images)
+    shares = [share_kept(*pair) for pair in zip(found, plain.predict(images), strict=True)]
+    assert np.mean(shares) >= 0.9
+    stats = torch._dynamo.utils.counters["stats"]
+    # One of each part for several, and one for a single image or box, where torch knows more.
+    assert 5 <= stats["unique_graphs"] <= 15
+    # Other images, other numbers of boxes, other batches: no new program.
+    before = stats["unique_graphs"]
+    compiled.predict(images[::-1][:5])
+    assert stats["unique_graphs"] == before
+    assert not torch._dynamo.utils.counters["unimplemented"]
+
+
+def test_compiling_takes_a_compiler_and_rounds(
+    small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="choose the precision fp32-fast"):
+        Predictor(small, "cpu", "fp32", compiled=True)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"install g\+\+"):
+        Predictor(small, "cpu", "bf16", compiled=True)
+
+
 @pytest.mark.parametrize(("precision", "share"), [("bf16", 0.5), ("fp16", 0.9)])
 def test_half_precision_is_close(
     small: Bundle,
@@ -491,9 +528,9 @@ def with_room_for(
         tried: list[int] = []
         whole = predictor._predict_batch
 
-        def run(images: list[Image]) -> list[Detections]:
+        def run(images: list[Picture]) -> list[Detections]:
             tried.append(len(images))
-            if sum(image.shape[0] * image.shape[1] for image in images) > pixels:
+            if sum(image.size_hw[0] * image.size_hw[1] for image in images) > pixels:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(images)
 
