@@ -79,9 +79,9 @@ def poisoned(
         def __init__(self, *arguments: Any) -> None:
             import jobs.actor as here
 
-            honest = here.decode
+            honest = here.decode_reduced
 
-            def decode(data: bytes, max_pixels: int) -> Any:
+            def decode(data: bytes, *more: Any) -> Any:
                 if deadly in data:
                     os.kill(os.getpid(), signal.SIGSEGV)
                 if endless in data:
@@ -89,9 +89,9 @@ def poisoned(
                     sum(range(10**15))
                 if odd in data:
                     raise ArithmeticError("nobody\n thought of that")
-                return honest(data, max_pixels)
+                return honest(data, *more)
 
-            here.decode = decode
+            here.decode_reduced = decode
             super().__init__(*arguments)
 
     return Poisoned
