@@ -55,17 +55,17 @@ def disturbed(class_, alone):
     class Disturbed(class_):
         def __init__(self, *of):
             import jobs.actor as here
-            honest = here.decode
+            honest = here.decode_reduced
 
-            def decode(data, max_pixels):
+            def decode(data, *more):
                 if marks[0] in data and alone and not met.exists():
                     met.write_text(str(os.getpid()))
                     time.sleep(600)
                 if marks[1] in data:
                     eat(lambda: False)
-                return honest(data, max_pixels)
+                return honest(data, *more)
 
-            here.decode = decode
+            here.decode_reduced = decode
             super().__init__(*of)
     return Disturbed
 
