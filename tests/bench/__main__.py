@@ -1,6 +1,6 @@
 """`make bench`: measure, append the rows to `results.csv` and print them. Name parts to run only those.
 
-python -m tests.bench [masks] [cost] [memory] [training] [gpu] [stages] [whole] [precision] [bookkeeping] [sizing]
+python -m tests.bench [masks] [cost] [memory] [training] [gpu] [stages] [whole] [precision] [decoding] [bookkeeping] [sizing]
 """
 
 import sys
@@ -44,6 +44,7 @@ PARTS = {
     "stages": bench_stages.stages,
     "whole": bench_whole.whole,
     "precision": bench_precision.precision,
+    "decoding": bench_precision.decoding,
     "bookkeeping": bench_bookkeeping.bookkeeping,
     "sizing": bench_sizing.sizing,
 }
