@@ -18,20 +18,15 @@ import torch
 import torch.distributed as dist
 from ray import cloudpickle
 
-from jobs import checkpoints, feed, training_set
+from jobs import checkpoints, feed, validation
 from jobs.board import Entry
 from jobs.checkpoints import Checkpoint, Point
 from jobs.cluster import ClusterError
 from jobs.store import Store
 from jobs.training_set import TrainingSet
-from segmodel import masks, plots
+from segmodel import plots
 from segmodel.augment import Augmentation
-from segmodel.batching import ahead
 from segmodel.bundle import Bundle
-from segmodel.evaluation import CocoMatches, Evaluation
-from segmodel.images import decode
-from segmodel.inference import Image, Predictor
-from segmodel.schema import detection_rows
 from segmodel.targets import Sample
 from segmodel.training import Recipe, Trainer, TrainingError
 
@@ -41,7 +36,6 @@ MOST_POINTS = 1000
 # Between two looks for a notice that a node will be taken away. Clouds give notice 30 to 120 s ahead, and
 # Ray Train asks for it every 5 s.
 LOOK_EVERY_S = 3.0
-DECODED_AHEAD = 2  # images for each decoding thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,11 +307,18 @@ class _Training:
         self.trainer.share_statistics()
         self._renew_statistics()
         bundle = replace(self.bundle, weights=self.trainer.weights(), digest="")
-        matches, *others = self._gathered(self._matches(val, bundle))
+        mine = val.chunks[self.rank :: self.num_workers]
+        matches, *others = self._gathered(
+            validation.matches(mine, bundle, self.trainer.device, self.threads)
+        )
         for other in others:
             matches.merge(other)
         found = matches.summary()
-        point = {"step": self.trainer.steps, "epoch": round(self._epoch(), 4), **_scores(found)}
+        point = {
+            "step": self.trainer.steps,
+            "epoch": round(self._epoch(), 4),
+            **validation.scores(found),
+        }
         self.history.append(point)
         score = "mask_AP" if found.mask is not None else "box_AP"
         if self.best is None or point[score] > self.best[score]:
@@ -331,33 +332,6 @@ class _Training:
                 job.train, self._feed_recipe(), job.batch_size, self.rank, self.num_workers
             )
         )
-
-    def _matches(self, val: TrainingSet, bundle: Bundle) -> CocoMatches:
-        matches = CocoMatches()
-        predictor = Predictor(bundle, str(self.trainer.device))
-        chunks = val.chunks[self.rank :: self.num_workers]
-        waiting: dict[int, dict[str, Any]] = {}
-
-        def decoded() -> Iterator[tuple[int, Image]]:
-            rows = training_set.rows(chunks)
-            with ThreadPoolExecutor(self.threads) as pool:
-                under_way = ahead(
-                    lambda row: decode(row.pop("data")),
-                    rows,
-                    pool,
-                    DECODED_AHEAD * self.threads,
-                )
-                for number, (row, image) in enumerate(under_way):
-                    waiting[number] = row
-                    yield number, image.result()
-
-        for number, found in predictor.stream(decoded()):
-            truth = {**waiting.pop(number), "status": "ok"}
-            assert found.mask_probs is not None
-            rles = masks.encode(found.mask_probs, found.boxes_xyxy, found.size_hw)
-            rows = detection_rows(found, rles, bundle.by_label())
-            matches.add(truth, {**truth, "detections": rows})
-        return matches
 
     def _look_for_notice(self) -> None:
         """Save when a node will be taken away, and once more shortly before that."""
@@ -414,10 +388,3 @@ def _refuse_precision(precision: str, device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} has no bf16: say --precision fp16 or fp32, with another "
             "--output"
         )
-
-
-def _scores(found: Evaluation) -> dict[str, float]:
-    scores = {f"box_{name}": value for name, value in found.box.numbers.items()}
-    if found.mask is not None:
-        scores |= {f"mask_{name}": value for name, value in found.mask.numbers.items()}
-    return scores

@@ -40,12 +40,11 @@ Way = tuple[str, InferencePrecision, Sequence[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Set:
-    """Pictures and their truth, rows of the one schema; perhaps also as `decode_reduced` gives them."""
+    """Pictures and their truth, rows of the one schema."""
 
     name: str
     images: Sequence[Any]
     truth: Sequence[dict[str, Any]]
-    reduced: Sequence[Picture] = ()
 
 
 def precision() -> None:
@@ -64,23 +63,13 @@ def packed(bundle: Path, folder: str) -> None:
     found = [{**one, "status": "ok"} for one in training_set.rows(chunks)]
     images = [decode(one["data"]) for one in found]
     name = f"{Path(folder).name}, {len(images)} photos"
-    model = load(bundle)
-    needed = partial(network_size, model.settings)
-    reduced = [decode_reduced(one["data"], MAX_PIXELS, needed) for one in found]
-    # Of photos that are not large, it is the same.
-    if all(
-        picture.pixels.shape == image.shape for picture, image in zip(reduced, images, strict=True)
-    ):
-        reduced = []
-    compare(model, Set(name=name, images=images, truth=found, reduced=reduced))
+    compare(load(bundle), Set(name=name, images=images, truth=found))
 
 
 def compare(bundle: Bundle, pictures: Set) -> None:
     """Score each precision, fp32 first."""
     case = f"{bundle.settings.arch} at {bundle.settings.min_size} px, {pictures.name}"
     ways: list[Way] = [(kind, kind, pictures.images) for kind in get_args(InferencePrecision)[1:]]
-    if pictures.reduced:
-        ways.append(("fp32-fast, decoded reduced", "fp32-fast", pictures.reduced))
     _measure(bundle, case, pictures.truth, ways)
 
 

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.nn import functional
 
 from jobs.storage import open_store
+from jobs.train_task import cpu_has_bf16
 from jobs.write import put_chunk
 from segmodel import headers, images, masks
 from segmodel.inference import Predictor
@@ -81,6 +83,10 @@ def _network(arch: Architecture) -> Sequence[dict[str, Any]]:
     model.eval()
     whole = torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
     exact, fast = (Predictor(bundle, "cpu", kind) for kind in ("fp32", "fp32-fast"))
+    ways = {"network, fp32": exact, "network, fp32-fast": fast}
+    if cpu_has_bf16():
+        ways["network, bf16"] = Predictor(bundle, "cpu", "bf16")
+        ways["network, bf16, compiled"] = Predictor(bundle, "cpu", "bf16", compiled=True)
     (found,) = exact.predict([image])
     assert found.mask_probs is not None
     probs, boxes = found.mask_probs, found.boxes_xyxy
@@ -101,8 +107,7 @@ def _network(arch: Architecture) -> Sequence[dict[str, Any]]:
         f"{arch} at {bundle.settings.min_size} px, a scene of 480x640, {len(found)} detections",
         {
             "network, torchvision with pasted masks": lambda: _plain(model, whole),
-            "network, fp32": lambda: exact.predict([image]),
-            "network, fp32-fast": lambda: fast.predict([image]),
+            **{name: partial(way.predict, [image]) for name, way in ways.items()},
             "encode, paste and pycocotools": lambda: bench_masks.plain(probs, boxes, found.size_hw),
             "encode": lambda: masks.encode(probs, boxes, found.size_hw),
             "rows and write, 16 images": write,

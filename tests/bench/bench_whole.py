@@ -66,7 +66,7 @@ def measure(arch: Architecture, repeats: int) -> None:
         found: dict[str, Found] = {}
         # The job has an actor of one thread for each core, and sums go by thread: equal is what one thread gives.
         module = [sys.executable, "-m", "tests.bench.bench_whole"]
-        _watched([*module, "reference", name, str(folder / REFERENCE)], folder / "log")
+        _watched([*module, REFERENCE, name, str(folder / REFERENCE)], folder / "log")
         reference = read(folder / REFERENCE)
         for turn in range(repeats):
             for way, command, rate in _ways(arch, folder, turn):
