@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import checkpoints, feed, train_result, train_task, train_worker, write
@@ -19,6 +19,7 @@ from jobs.board import Board, watched
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError
 from jobs.console import TrainingProgress, console, duration, facts
+from jobs.process_group import NodeAddresses
 from jobs.storage import arrow_location, open_store
 from jobs.train_config import TrainConfig
 from jobs.train_task import Task
@@ -133,7 +134,7 @@ def _fit(config: TrainConfig, job: Job, workers: tuple[int, int], *, gpus: bool)
     trainer = TorchTrainer(
         train_worker.run,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=TIMEOUT_S),
+        torch_config=NodeAddresses(timeout_s=TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers[0] if workers[0] == workers[1] else workers,
             use_gpu=gpus,

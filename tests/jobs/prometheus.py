@@ -62,10 +62,11 @@ def is_installed(program: str) -> bool:
 def panels() -> Iterator[tuple[str, list[str]]]:
     """Yield title and expressions of each panel, as Grafana asks them."""
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
-        yield panel["title"], [_filled(target["expr"]) for target in panel["targets"]]
+        yield panel["title"], [filled(target["expr"]) for target in panel["targets"]]
 
 
-def _filled(expression: str) -> str:
+def filled(expression: str) -> str:
+    """Put in what Grafana does."""
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     assert "$" not in expression, expression
