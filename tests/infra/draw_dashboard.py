@@ -27,7 +27,7 @@ from tests.jobs import prometheus
 from tests.jobs.fault_server import FaultServer, status
 from tests.jobs.test_metrics import PROGRAM
 
-SCENES, PER_SHARD, COLUMNS, CELL_INCHES = 480, 16, 24, 0.62
+SCENES, PER_SHARD, COLUMNS, CELL_INCHES = 160, 16, 24, 0.62
 # What Grafana's units are in words.
 UNITS = {
     "short": lambda value: f"{value:,.4g}",
