@@ -13,11 +13,9 @@ from jobs.write import Counts
 
 def show_plan(planned: Plan, pool: Pool, left: int, title: str) -> None:
     """Show what there is to do, and who does it."""
-    where = (
-        f"{pool.gpus_per_actor:g} GPU each"
-        if pool.gpus_per_actor
-        else f"CPU, {pool.threads} thread"
-    )
+    where = "CPU" if pool.threads is None else f"CPU, {pool.threads} thread"
+    if pool.gpus_per_actor:
+        where = f"{pool.gpus_per_actor:g} GPU each"
     actors = f"{pool.min_actors} to {pool.max_actors}"
     if pool.min_actors == pool.max_actors:
         actors = f"{pool.max_actors}"

@@ -15,12 +15,16 @@ class Stages:
     """
 
     def __init__(
-        self, places: Mapping[str, float], skipped: int, now: Callable[[], float] = time.monotonic
+        self,
+        places: Callable[[], Mapping[str, float]],
+        skipped: int,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin.
 
         Args:
-            places: How many chunks or images each stage can work on at once.
+            places: Says how many chunks or images each stage can work on at once. Asked at the end: nodes may
+                come after the beginning.
             skipped: Chunks that belong to the start.
             now: The time, seconds.
         """
@@ -36,7 +40,7 @@ class Stages:
         if self._chunks <= self._skipped:
             self._first = self._last
         else:
-            self._seconds.update({name: seconds.get(name, 0.0) for name in self._places})
+            self._seconds.update(seconds)
 
     def shares(self) -> dict[str, float]:
         """Return each stage's busy share, 0..1, the busiest first; empty after a few chunks only."""
@@ -45,7 +49,9 @@ class Stages:
             return {}
         found = {
             name: min(1.0, self._seconds[name] / (passed * number))
-            for name, number in self._places.items()
+            for name, number in self._places().items()
+            # None where its nodes are gone already.
+            if number
         }
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
