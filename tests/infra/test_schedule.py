@@ -48,8 +48,9 @@ def schedule_problems(text: str) -> list[str]:
     work = ray_job(text)["spec"]
     rules = {
         "nights may overlap": cron.get("concurrencyPolicy") == "Forbid",
+        # Each attempt has the whole of it.
         "the wait ends before the job may": cron["jobTemplate"]["spec"]["activeDeadlineSeconds"]
-        > work["activeDeadlineSeconds"],
+        > (work["backoffLimit"] + 1) * work["activeDeadlineSeconds"],
         "its account has no role": pod["serviceAccountName"]
         == about["RoleBinding"]["subjects"][0]["name"],
         "the binding is of another role": about["RoleBinding"]["roleRef"]["name"]
@@ -80,6 +81,7 @@ def test_nights_do_not_overlap_and_may_start() -> None:
     [
         ("concurrencyPolicy: Forbid", "concurrencyPolicy: Allow", "nights may overlap"),
         ("activeDeadlineSeconds: 79200", "activeDeadlineSeconds: 7200", "the wait ends before"),
+        ("backoffLimit: 1", "backoffLimit: 2", "the wait ends before"),
         ("serviceAccountName: segjobs-scheduler", "serviceAccountName: default", "no role"),
         ("name: segjobs-scheduler}\nsubjects", "name: other}\nsubjects", "of another role"),
         ("verbs: [create, get]", "verbs: [create]", "does not let it get RayJobs"),
@@ -118,9 +120,15 @@ esac
 @pytest.mark.parametrize(
     ("states", "there", "code"),
     [
-        (["", "Initializing", "Running", "Complete"], False, 0),
-        (["Running", "Failed"], False, 1),
-        (["Running", "Complete"], True, 0),
+        (
+            [" ", "Initializing ", "Running PENDING", "Running RUNNING", "Complete SUCCEEDED"],
+            False,
+            0,
+        ),
+        (["Running RUNNING", "Retrying ", "Failed FAILED"], False, 1),
+        (["Running RUNNING", "Complete SUCCEEDED"], True, 0),
+        (["Running RUNNING", "Complete STOPPED"], False, 1),
+        (["ValidationFailed "], False, 1),
     ],
 )
 def test_the_script_starts_once_and_ends_as_the_job_does(
