@@ -29,8 +29,12 @@ def test_the_job_that_is_started_is_valid() -> None:
 
 
 def test_the_alpha_resource_starts_the_same_job() -> None:
-    (cron,) = load((KUBERNETES / "label-raycronjob.yaml").read_text())
+    text = (KUBERNETES / "label-raycronjob.yaml").read_text()
+    (cron,) = load(text)
     assert problems(cron) == []
+    # Which has `timeZone`.
+    assert "KubeRay 1.7 or newer" in " ".join(text.replace("#", "").split())
+    assert cron["spec"]["timeZone"] == parts()["CronJob"]["spec"]["timeZone"]
     assert cron["spec"]["jobTemplate"] == ray_job()["spec"]
     assert cron["spec"]["schedule"] == parts()["CronJob"]["spec"]["schedule"]
 
