@@ -117,6 +117,24 @@ CLUSTER = Fields(
     },
     required=("headGroupSpec",),
 )
+POLICY = OneOf(("DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"))
+DELETION = Fields(
+    {
+        "deletionRules": Each(
+            Fields(
+                {
+                    "policy": POLICY,
+                    "condition": Fields(
+                        {"jobStatus": str, "jobDeploymentStatus": str, "ttlSeconds": int}
+                    ),
+                },
+                required=("policy", "condition"),
+            )
+        ),
+        "onSuccess": Fields({"policy": POLICY}),
+        "onFailure": Fields({"policy": POLICY}),
+    }
+)
 JOB = Fields(
     {
         "activeDeadlineSeconds": int,
@@ -127,7 +145,7 @@ JOB = Fields(
         "clusterSelector": STRINGS,
         "submitterConfig": Fields({"backoffLimit": int}),
         "managedBy": MANAGERS,
-        "deletionStrategy": dict,
+        "deletionStrategy": DELETION,
         "entrypoint": str,
         "runtimeEnvYAML": str,
         "jobId": str,

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from tests.infra.job_rules import created_problems
 from tests.infra.kuberay import problems
-from tests.infra.rules import KUBERNETES, job_problems, load
+from tests.infra.rules import KUBERNETES, load
 
 JOBS = ["predict.yaml", "train.yaml"]
 
@@ -13,7 +14,7 @@ JOBS = ["predict.yaml", "train.yaml"]
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_is_valid(name: str) -> None:
     (job,) = load((KUBERNETES / name).read_text())
-    assert job_problems(job) == []
+    assert created_problems(job) == []
 
 
 def test_nothing_is_left_to_fill_in() -> None:
@@ -75,7 +76,28 @@ PLANTED = [
     ("authOptions: {mode: token}", "authOptions: {mode: disabled}", "no token"),
     ("minReplicas: 0", "minReplicas: 2", "minReplicas must be 0"),
     ("maxReplicas: 8", "maxReplicas: 4", "asks for 8 GPUs at most, and the cluster has 4"),
+    ("{key: nvidia.com/gpu, operator: Exists", "{key: nvidia.com/gpu, operator: Exist", "the taint nvidia.com/gpu is not tolerated"),
+    ("{key: spot, operator: Exists, effect: NoSchedule}", "{key: spot, operator: Exists, effect: NoScheduler}", "the taint spot is not tolerated"),
+    (', nvidia.com/gpu: "1"', "", "gpu: it has no GPU"),
+    ('nvidia.com/gpu: "1"', 'nvidia.com/gpu: "2"', "asks for 8 GPUs at most, and the cluster has 16"),
+    ('requests: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "1", ', "requests: {", "gpu: requests None of cpu, and its limit is 12"),
+    ('requests: {cpu: "12"', 'requests: {cpu: "16"', "gpu: requests 16 of cpu, and its limit is 12"),
+    ("requests: {", "requests: {} # {", "gpu: requests None of memory"),
+    (", ephemeral-storage: 100Gi", "", "gpu: requests no disk"),
+    ("${REGISTRY}/segjobs", "rayproject/ray", "head: rayproject/ray is not the image of infra/Dockerfile"),
+    (", fsGroup: 1000", "", "gpu: no fsGroup"),
+    ("runAsUser: 1000", "runAsUser: 1001", "head: runs as 1001, and the image's user is 1000"),
+    # How it starts.
+    ("generateName: segjobs", "name: segjobs", "no generateName"),
+    ("  backoffLimit: 3", "  suspend: true\n  backoffLimit: 3", "suspend: it would not start"),
+    ("  backoffLimit: 3", "  submissionMode: InteractiveMode\n  backoffLimit: 3", "submissionMode: the runbook counts on"),
+    ("  backoffLimit: 3", "  runtimeEnvYAML: 'pip: [ray==2.9.0]'\n  backoffLimit: 3", "runtimeEnvYAML: the image has what is locked"),
+    ("  backoffLimit: 3", "  deletionStrategy: {bogus: 1}\n  backoffLimit: 3", "deletionStrategy.bogus is unknown"),
+    ("--output s3://${BUCKET}", "--output /tmp", "is on a node's own disk"),
+    ("--model s3://${BUCKET}", "--model /tmp", "is on a node's own disk"),
     # How it ends.
+    ("backoffLimit: 3", "backoffLimit: -3", "backoffLimit is missing"),
+    ("ttlSecondsAfterFinished: 600", "ttlSecondsAfterFinished: -600", "ttlSecondsAfterFinished is missing"),
     ("activeDeadlineSeconds:", "#activeDeadlineSeconds:", "activeDeadlineSeconds is missing"),
     ("preRunningDeadlineSeconds:", "#preRunningDeadlineSeconds:", "preRunningDeadlineSeconds is missing"),
     ("backoffLimit: 3", "backoffLimit: 0", "backoffLimit is missing"),
@@ -89,13 +111,13 @@ def test_a_planted_error_is_named(name: str, right: str, wrong: str, words: str)
     text = (KUBERNETES / name).read_text()
     assert right in text
     (job,) = load(text.replace(right, wrong))
-    assert words in "; ".join(job_problems(job))
+    assert words in "; ".join(created_problems(job))
 
 
 def test_a_command_without_gpus_is_named() -> None:
     text = (KUBERNETES / "predict.yaml").read_text()
     (job,) = load(text.replace("--gpus-per-actor 1 ", ""))
-    assert "does not ask for GPUs" in "; ".join(job_problems(job))
+    assert "does not ask for GPUs" in "; ".join(created_problems(job))
 
 
 def test_a_service_account_is_checked_by_kubernetes_own_types() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.infra.job_rules import job_problems
 from tests.infra.kuberay import problems
-from tests.infra.rules import KUBERNETES, job_problems, load
+from tests.infra.rules import KUBERNETES, load
 from tests.infra.schedule_rules import TEXT, parts, ray_job, schedule_problems
 
 
