@@ -1,6 +1,7 @@
 """The image: what it installs, and that it is what KubeRay and Ray's launcher count on."""
 
 import re
+import shlex
 from collections.abc import Iterator
 
 import pytest
@@ -28,14 +29,28 @@ def problems(text: str) -> Iterator[str]:
     home = re.search(r"\bHOME=(\S+)", before)
     if home is None or f"\nWORKDIR {home[1]}\n" not in text:
         yield "the launcher would put what belongs below ~ into /root"
-    if "--require-hashes -r requirements.lock" not in text:
-        yield "what is installed is not what is locked"
+    if not re.search(r"^FROM python:3\.\d+-slim-[a-z]+$", text, re.MULTILINE):
+        yield "it is of no known version of Python and Debian"
+    yield from _install_problems("\n".join(lines))
     for line in lines:
         for path in line.split()[1:-1] if line.startswith("COPY ") else []:
             if not (ROOT / path).exists():
                 yield f"there is no {path} to copy"
     copied = {path for line in lines if line.startswith("COPY ") for path in line.split()[1:-1]}
     yield from (f"{name} is not in it" for name in ("jobs", "segmodel") if name not in copied)
+
+
+def _install_problems(text: str) -> Iterator[str]:
+    """Name what is installed besides the installer, what is locked, and this package."""
+    calls = [shlex.split(call) for call in re.findall(r"\bpip install ([^&\n]*)", text)]
+    named = [[word for word in call if not word.startswith("--")] for call in calls]
+    if ["-r", "requirements.lock"] not in named or not re.search("--require-hashes -r", text):
+        yield "what is installed is not what is locked"
+    if ["."] in named and "--no-deps" not in calls[named.index(["."])]:
+        yield "the package would bring versions of its own"
+    for names in named:
+        if names not in (["uv>=0.9,<1"], ["-r", "requirements.lock"], ["."]):
+            yield f"{' '.join(names)} is not locked"
 
 
 def test_the_image_has_what_counts_on_it() -> None:
@@ -52,6 +67,10 @@ def test_the_image_has_what_counts_on_it() -> None:
         ("HOME=/home/ray", "HOMES=/home/ray", "into /root"),
         ("WORKDIR /home/ray", "WORKDIR /home/rays", "into /root"),
         ("--require-hashes ", "", "not what is locked"),
+        ("-r requirements.lock", "ray torch", "not what is locked; ray torch is not locked"),
+        ("--no-deps .", ".", "versions of its own"),
+        ("USER 1000", "RUN pip install ray==2.9.0\nUSER 1000", "ray==2.9.0 is not locked"),
+        ("FROM python:3.12-slim-bookworm", "FROM python:latest", "no known version of Python"),
         ("COPY jobs jobs", "COPY job jobs", "there is no job to copy; jobs is not in it"),
     ],
 )
