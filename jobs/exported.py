@@ -1,7 +1,7 @@
 """What is exported: the rows of a table one after another, its categories, and names for its images."""
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeAlias
@@ -55,8 +55,8 @@ class Survey:
 
     Attributes:
         num_rows: Of the table.
-        categories: `{"id", "name"}` of each, by id: those of the manifest, used or not, and those of
-            detections.
+        categories: `{"id", "name"}` of each, by id: those of the job's manifest or of the version, used or
+            not, and those of detections.
         shared: Digests of paths without suffix that more than one image has.
     """
 
@@ -86,7 +86,7 @@ def survey(table: Input, *, names: bool) -> Survey:
     Raises:
         InputError: Two rows are of the same image, or two names of the same category.
     """
-    found = {int(one["id"]): str(one["name"]) for one in _of_manifest(table)}
+    found = {int(one["id"]): str(one["name"]) for one in _known(table)}
     columns = ["image_id", "detections.category_id", "detections.category"]
     num_rows = 0
     ids, stems = array("Q"), array("Q")
@@ -153,9 +153,12 @@ def _scores(detection: Mapping[str, Any], threshold: float | None) -> bool:
     return threshold is None or score is None or score >= float(np.float32(threshold))
 
 
-def _of_manifest(table: Input) -> list[Mapping[str, Any]]:
+def _known(table: Input) -> Sequence[Mapping[str, Any]]:
+    """Return the categories that there are, used or not, so that their order stays from table to table."""
+    if table.categories:
+        return table.categories
     if table.store.info(MANIFEST) is None:
-        return []
+        return ()
     manifest = documents.read(table.store, MANIFEST, made_by_us=False)
     return list(manifest.get("categories", ()))
 

@@ -93,6 +93,7 @@ class Version:
             objects=listing.select(OBJECTS.names),
             notes=(),
             place=folder(self.number) if name == ACCEPTED else f"{folder(self.number)}/{name}",
+            categories=tuple(self.categories),
         )
 
 
