@@ -64,7 +64,8 @@ def run(config: ReportConfig) -> int:
     if versus is not None:
         gallery.add_truth(shown, versus.truth, versus.paired)
         groups += gallery.fault_groups(versus.result.faults, fault_rows, shown)
-    fetched = pictures.fetch(wanted, config.images, table.store, config.endpoint_url)
+    images = pictures.open_images(config.images, table.store, config.endpoint_url)
+    fetched = pictures.fetch(wanted, images)
     gallery.put_thumbnails(shown, fetched, output, config.max_pixels)
     content = _content(config, table, found, versus, groups, shown)
     output.put(INDEX, page.render(content))

@@ -1,6 +1,7 @@
 """The tables of a version in other hands: exported, shown on a page, opened as they are."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,25 @@ def test_classes_are_those_of_the_version(place: Place, tmp_path: Path, table: s
     assert export(uri, "semantic-png", tmp_path / "maps") == 0
     legend = json.loads((tmp_path / "maps/legend.json").read_text())["classes"]
     assert [(one["value"], one["category_id"]) for one in legend] == [(1, 1), (2, 3)]
+
+
+@pytest.mark.parametrize("table", ["accepted", "review", "rejected"])
+def test_a_page_shows_every_image_of_each_table(place: Place, tmp_path: Path, table: str) -> None:
+    """Whichever table has the bytes: an audit's are with its accepted row."""
+    place.policy("score_threshold: 0.6\nreview_from: 0.5\naudit_share: 0.7\n")
+    place.put("a.tar", {f"{n}.jpg": n for n in range(12)})
+    assert place.label() == 0
+    reasons = {row["reason"] for row in place.rows(1, "review").values()}
+    assert len(reasons) > 1
+    assert "audit" in reasons
+    (tmp_path / "in" / "a.tar").unlink()
+    uri = place.named("versions", "1", table)
+    for images in (uri, place.named()):
+        page = tmp_path / "page"
+        places = ["--predictions", uri, "--images", images, "--output", str(page)]
+        assert main(["report", *places]) == 0
+        html = (page / "index.html").read_text()
+        (data,) = re.findall(r'<script[^>]*id="data"[^>]*>(.*?)</script>', html, re.DOTALL)
+        shown = {image["key"]: image["src"] for image in json.loads(data)["images"]}
+        assert shown.keys() == {row["key"] for row in place.rows(1, table).values()}
+        assert None not in shown.values()
