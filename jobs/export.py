@@ -1,9 +1,9 @@
 """`segjobs export --predictions URI --to FORMAT --output PATH`: a table for other tools.
 
 Input: a table of the one schema. Output: for `coco-results`, `coco-instances` and `labelstudio` one
-JSON file; for `yolo-seg` and `semantic-png` a folder with a file for each image, and `_export.json`,
-which says whose it is. Rows in error are left out, and counted. Rows are read 64 at a time and
-written as they come, so that memory does not grow with the table, but for 16 bytes an image where
+JSON file; for `yolo-seg` and `semantic-png` a folder with a file for each image, `_export.json`, which says
+whose it is, and `names.csv` where an image's file needs another name than the image. Rows in error are left out, and counted. Rows are read 64 at a time and
+written as they come, so that memory does not grow with the table, but for 24 bytes an image where
 images become files, and for the names of all images with `--annotations`. One JSON file waits in a
 local temporary file until it is whole, then is put at once (in parts of 64 MiB on S3).
 """
@@ -17,9 +17,11 @@ from jobs import documents, image_files, join, json_files, tables
 from jobs.config import ConfigError, ExportConfig
 from jobs.console import ImageProgress, facts, size
 from jobs.detect import Input, objects_of
-from jobs.exported import Row, Survey, Tally, rows, survey
+from jobs.exported import Row, Survey, Tally, rows, suffix_of, survey
 from jobs.pairing import NONE, pair
 from jobs.reference import open_truth
+from jobs.renamed import NAMES, Renamed
+from jobs.safe_names import below_images
 from jobs.storage import open_store, open_uri
 from jobs.store import Store
 from jobs.tables import open_tables
@@ -67,9 +69,19 @@ def _to_folder(config: ExportConfig, table: Input) -> tuple[Tally, str]:
     _claim(output, mark, overwrite=config.overwrite)
     found = survey(table, names=True)
     tally = Tally()
-    some = (row for _, row in rows(table, config.score_threshold, tally, masks=True))
-    write = image_files.write_labels if config.to == "yolo-seg" else image_files.write_class_maps
-    _count(write(some, found.name, found.categories, output), found, tally)
+    is_yolo = config.to == "yolo-seg"
+    write = image_files.write_labels if is_yolo else image_files.write_class_maps
+
+    def name(row: Mapping[str, Any]) -> str:
+        return below_images(found.name(row)) if is_yolo else found.name(row)
+
+    with tempfile.TemporaryDirectory() as folder:
+        renamed = Renamed(Path(folder) / NAMES, lambda row: name(row) + suffix_of(row))
+        some = (row for _, row in rows(table, config.score_threshold, tally, masks=True))
+        _count(write(renamed.watch(some), name, found.categories, output), found, tally)
+        tally.renamed = renamed.number
+        if renamed.number:
+            output.put_file(NAMES, renamed.path)
     output.put(MARK, documents.dump({**mark, "finished": True, "counts": _counts(tally)}))
     return tally, output.uri
 
@@ -168,7 +180,7 @@ def _claim(output: Store, mark: Mapping[str, Any], *, overwrite: bool) -> None:
         for folder in (image_files.LABELS, image_files.MASKS):
             for info in output.list_objects(folder):
                 output.delete(info.path)
-        for name in image_files.HEADS:
+        for name in (*image_files.HEADS, NAMES):
             output.delete(name)
     output.put(MARK, documents.dump({**mark, "finished": False}))
 
@@ -189,6 +201,7 @@ def _show(config: ExportConfig, table: Input, tally: Tally, url: str) -> None:
         "images are left out: the annotations have not them": tally.others,
         f"detections are left out: they score below {config.score_threshold}": tally.below,
         "detections are left out: their masks are empty": tally.empty,
+        f"images need files of another name, as {NAMES} has them": tally.renamed,
     }
     facts(
         "Exported",
