@@ -250,6 +250,20 @@ def look_at_table(uri: str, endpoint_url: str | None) -> Input:
     return table
 
 
+def urls(uri: str, endpoint_url: str | None = None) -> list[str]:
+    """Return the Parquet objects of a table, for readers that know no versions: `datasets`, DuckDB, pandas.
+
+    Args:
+        uri: A data set, one of its versions, or a table of that; see `find`.
+        endpoint_url: See `storage.open_store`.
+
+    Raises:
+        InputError: There are none.
+    """
+    table = look_at_table(uri, endpoint_url)
+    return [table.store.url(path) for path in table.objects["path"].to_pylist()]
+
+
 def put_table(dataset: Store, path: str, table: pa.Table, *, once: bool = False) -> None:
     """Write a list beside the rows of a version.
 

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import duckdb
 import pytest
 import yaml
 
 from jobs.__main__ import main
+from jobs.versions import urls
 from tests.jobs import labelling_place
 from tests.jobs.labelling_place import Place
 
@@ -72,3 +75,37 @@ def test_a_page_shows_every_image_of_each_table(place: Place, tmp_path: Path, ta
         shown = {image["key"]: image["src"] for image in json.loads(data)["images"]}
         assert shown.keys() == {row["key"] for row in place.rows(1, table).values()}
         assert None not in shown.values()
+
+
+@pytest.mark.parametrize("table", ["accepted", "review", "rejected"])
+def test_datasets_and_duckdb_open_the_objects_of_a_version(
+    place: Place, tmp_path: Path, table: str
+) -> None:
+    """Of a version, not of a folder: some lie with its parents, and parents have more than that."""
+    place.policy("score_threshold: 0.6\nreview_from: 0.5\naudit_share: 0.5\n")
+    place.put("a.tar", {f"{n}.jpg": n for n in range(8)})
+    place.put("b.tar", {f"{n}.jpg": n for n in range(20, 24)})
+    assert place.label() == 0
+    place.put("a.tar", {f"{n}.jpg": n if n > 3 else n + 40 for n in range(12)})
+    assert place.label() == 0
+    wanted = place.rows(2, table)
+    objects = urls(place.named("versions", "2", table))
+    found = datasets.load_dataset(
+        "parquet", data_files=objects, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert sorted(found["image_id"]) == sorted(wanted)
+    assert len(objects) > 1
+    for row in found.with_format(None):
+        kept = wanted[row["image_id"]]
+        assert [one["score"] for one in row["detections"]] == [
+            one["score"] for one in kept["detections"]
+        ]
+        if kept["image"] is None:
+            assert row["image"] is None
+        else:
+            assert row["image"].size == (kept["width"], kept["height"])
+    counted = duckdb.sql(
+        f"select count(*), sum(len(detections)) from read_parquet({objects})"
+    ).fetchall()
+    detections = sum(len(row["detections"]) for row in wanted.values())
+    assert counted == [(len(wanted), detections)]
