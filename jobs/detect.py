@@ -182,6 +182,11 @@ def _kind(path: str) -> str:
     return kind
 
 
+def is_shard(path: str) -> bool:
+    """Say whether a name speaks for a file that holds images, and not for a folder of them."""
+    return _kind(path) in ("webdataset", "parquet")
+
+
 def holds_images(kind: pa.DataType) -> bool:
     """Say whether a column of this type may hold encoded images: bytes, or a struct with `bytes`."""
     if pa.types.is_struct(kind):

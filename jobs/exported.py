@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs import documents, tables
-from jobs.detect import Input, InputError, objects_of
+from jobs.detect import Input, InputError, is_shard, objects_of
 from jobs.index import id_digest
 from jobs.safe_names import safe_name, safe_path
 from jobs.write import MANIFEST
@@ -37,6 +37,9 @@ class Tally:
         below: Detections left out: they score lower than asked for.
         handed: Detections that the format was to hold.
         renamed: Images whose files need another name.
+        inside: Images that lie inside of a shard, where other tools do not find them.
+        unwritten: Images that were to be written and cannot be read.
+        why: Of the first of those.
     """
 
     images: int = 0
@@ -46,6 +49,9 @@ class Tally:
     below: int = 0
     handed: int = 0
     renamed: int = 0
+    inside: int = 0
+    unwritten: int = 0
+    why: str = ""
 
     @property
     def empty(self) -> int:
@@ -147,6 +153,7 @@ def rows(
                     f"image {row['image_id']!r} has boxes without masks (`predict --tasks boxes`): "
                     "export it to coco-results or coco-instances, or predict masks"
                 )
+            tally.inside += is_shard(row["shard"])
             kept = [one for one in row["detections"] if _scores(one, score_threshold)]
             tally.below += len(row["detections"]) - len(kept)
             tally.handed += len(kept)

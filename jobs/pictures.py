@@ -1,9 +1,9 @@
 """The bytes of a few images of a table, found where the table's job found them, by its readers.
 
 Where the plan beside the table is of the same input, its chunks say where an image is. Otherwise a
-loose image is read by its path, and shards are indexed as if for a plan: of tars those that hold an
-image that is wanted, of Parquet as many as it takes. A version of a data set holds the images of its rows,
-each once: an audit's bytes are with its accepted row.
+loose image is read by its path, and shards are indexed as if for a plan: those that hold an image that is
+wanted, and all of Parquet that names its images by itself. A table may hold its images, and a version of a
+data set does, each once: an audit's bytes are with its accepted row.
 """
 
 from collections import defaultdict
@@ -85,8 +85,8 @@ def open_images(uri: str, table: Store, endpoint_url: str | None) -> Images:
     """Look at where the images of a table are.
 
     Args:
-        uri: The folder, prefix, shard or manifest that the table was made of, or a copy of it; or a
-            version of a data set, which holds its images.
+        uri: The folder, prefix, shard or manifest that the table was made of, or a copy of it; or a packed
+            set or a version of a data set, which hold their images.
         table: The table's folder.
         endpoint_url: See `storage.open_store`.
 
@@ -103,7 +103,9 @@ def open_images(uri: str, table: Store, endpoint_url: str | None) -> Images:
         names = (named, *(name for name in TABLES if name != named))
         ways = [partial(_by_version, version, name, endpoint_url) for name in names]
     else:
-        ways = [partial(_by_look, look(uri, "auto", endpoint_url), endpoint_url)]
+        found = look(uri, "auto", endpoint_url)
+        by = _by_object if found.store.uri == table.uri else _by_look
+        ways = [partial(by, found, endpoint_url)]
     return Images(uri=uri, ways=ways)
 
 
@@ -165,17 +167,27 @@ def _by_look(found: Input, endpoint_url: str | None, wanted: Sequence[Wanted]) -
     source = _source(found.store.uri, found.store, endpoint_url)
     by_id = {one.image_id: one for one in wanted}
     infos = objects_of(found.objects)
-    if found.format == "webdataset":
-        shards = {one.shard for one in wanted}
+    shards = {one.shard for one in wanted}
+    if found.format == "webdataset" or shards <= {info.path for info in infos}:
         infos = [info for info in infos if info.path in shards]
     in_shards = _in_threads(lambda info: _in_shard(info, found.format, by_id, source), infos)
-    return chain.from_iterable(in_shards)
+    calls = list(chain.from_iterable(in_shards))
+    return chain.from_iterable(_in_threads(lambda call: _read(*call, source), calls))
+
+
+def _by_object(
+    table: Input, endpoint_url: str | None, wanted: Sequence[Wanted]
+) -> Iterator[Picture]:
+    """Find images in the rows themselves."""
+    paths = pa.array({one.path for one in wanted}, pa.string())
+    near = table.objects.filter(pc.is_in(table.objects["path"], paths))
+    return _by_look(replace(table, objects=near), endpoint_url, wanted)
 
 
 def _in_shard(
     info: ObjectInfo, format_: str, by_id: dict[str, Wanted], source: Source
-) -> list[Picture]:
-    """Return what is wanted of a shard; nothing of one that is damaged."""
+) -> list[tuple[Chunk, dict[int, Wanted]]]:
+    """Return the chunks of a shard with what is wanted of them; nothing of one that is damaged."""
     try:
         if format_ == "webdataset":
             cut = index.index_tar(source.store, info, CHUNK_SIZE)
@@ -183,13 +195,13 @@ def _in_shard(
             cut = index.index_parquet(source.store, info, CHUNK_SIZE, None)
     except DamagedError:
         return []
-    pictures: list[Picture] = []
+    found = []
     for chunk in cut:
         ids = read_names(chunk, source)["image_id"].to_pylist()
         here = {position: by_id[name] for position, name in enumerate(ids) if name in by_id}
         if here and chunk.kind != "verdict":
-            pictures += _read(chunk, here, source)
-    return pictures
+            found.append((chunk, here))
+    return found
 
 
 def _read(chunk: Chunk, wanted: dict[int, Wanted], source: Source) -> list[Picture]:

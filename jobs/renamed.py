@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from jobs.exported import path_of
+from jobs.store import Store
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -19,7 +20,7 @@ class Renamed:
     def __init__(self, path: Path, file_of: Callable[[Row], str]) -> None:
         self.path = path
         self.number = 0
-        self._file_of = file_of
+        self.file_of = file_of
 
     def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield rows, and write down those whose file is not called as the image."""
@@ -27,8 +28,14 @@ class Renamed:
             table = csv.writer(file)
             table.writerow(COLUMNS)
             for row in rows:
-                name = self._file_of(row)
+                name = self.file_of(row)
                 if name != path_of(row):
                     self.number += 1
                     table.writerow([row["image_id"], row["shard"], row["key"], name])
                 yield row
+
+    def put(self, output: Store) -> int:
+        """Write the list to a folder, if there is anything in it; return the number of its images."""
+        if self.number:
+            output.put_file(NAMES, self.path)
+        return self.number
