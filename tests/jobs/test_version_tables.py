@@ -109,3 +109,25 @@ def test_datasets_and_duckdb_open_the_objects_of_a_version(
     ).fetchall()
     detections = sum(len(row["detections"]) for row in wanted.values())
     assert counted == [(len(wanted), detections)]
+
+
+def test_a_page_says_what_the_version_is(place: Place, tmp_path: Path) -> None:
+    place.put("a.tar", {f"{n}.jpg": n for n in range(8)})
+    assert place.label() == 0
+    place.put("b.tar", {f"{n}.jpg": n for n in range(20, 24)})
+    assert place.label("--max-drift", "1") == 0
+    uri = place.named("versions", "2", "review")
+    page = tmp_path / "page"
+    places = ["--predictions", uri, "--images", uri, "--output", str(page)]
+    assert main(["report", *places]) == 0
+    html = (page / "index.html").read_text()
+    facts = dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", html))
+    manifest = place.manifest(2)
+    assert facts["version"] == "2, published"
+    assert facts["parent"] == "1"
+    assert facts["labelled by"] == f"{place.model} ({manifest['model']['digest'][:12]})"
+    assert facts["images"] == uri
+    distance = f"{manifest['drift']['scores']['distance']:.3f}"
+    assert facts["drift of scores"].startswith(f"{distance} (chance alone")
+    policy = html.partition("<summary>Policy of the labels</summary>")[2].partition("</details>")[0]
+    assert "&#34;duplicate_iou&#34;: 0.9" in policy
