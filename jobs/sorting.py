@@ -4,7 +4,6 @@ An accepted image brings its bytes along, and so does one that waits for a perso
 empty, so that a version can be trained on, or corrected, whatever becomes of the input.
 """
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,7 +236,7 @@ def replace_rows(
     stays: list[Row] = []
     touched: list[Row] = []
     for row in before.to_pylist():
-        may_hold = row["table"] in tables and _may_hold(row, ids)
+        may_hold = row["table"] in tables and versions.may_hold(row, ids)
         (touched if may_hold else stays).append(row)
     calls = ((stage, number, row, wanted) for number, row in enumerate(touched))
     for row, ((hit, done),) in zip(touched, in_order(_without, calls), strict=True):
@@ -246,11 +245,6 @@ def replace_rows(
         else:
             stays.append(row)
     return pa.Table.from_pylist(stays, schema=LISTING), taken
-
-
-def _may_hold(row: Row, ids: Sequence[str]) -> bool:
-    place = bisect_left(ids, row["first"])
-    return place < len(ids) and ids[place] <= row["last"]
 
 
 def _without(stage: Stage, number: int, row: Row, ids: pa.Array) -> list[tuple[bool, Sorted]]:

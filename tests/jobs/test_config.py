@@ -94,6 +94,7 @@ COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (TrainConfig, "scale_max"): {"scale_min": 0.25},
     (ExportConfig, "subset"): {"annotations": "some text"},
     (ExportConfig, "image_prefix"): {"to": "labelstudio"},
+    (ExportConfig, "images"): {"to": "yolo-seg"},
 }
 
 
@@ -167,7 +168,7 @@ def test_the_printed_configuration_is_one(
                 (PackConfig, "annotations"),
                 (TrainConfig, "model"),
             ),
-            (ExportConfig, "image_prefix"),
+            *((ExportConfig, name) for name in ("image_prefix", "images")),
             (SubmitConfig, "stop"),
             *((LabelConfig, name) for name in ("list", "show", "promote", "reviewed")),
         )
@@ -285,6 +286,7 @@ BELOW_ONE = "must be 1 or more, not 0"
             "--image-prefix is of --to labelstudio",
         ),
         (ExportConfig, {"to": "labelstudio"}, "--to labelstudio needs --image-prefix"),
+        (ExportConfig, {"to": "coco-results", "images": "i"}, "coco-results names no image files"),
         (
             ExportConfig,
             {"to": "yolo-seg", "annotations": "a"},
