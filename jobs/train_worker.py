@@ -282,6 +282,7 @@ class _Training:
             "step": self.trainer.steps,
             "epoch": round(self._epoch(), 4),
             **found,
+            "workers": self.num_workers,
             "images_per_second": found["images"] / seconds,
         }
         if self.trainer.steps % self.log_every == 0:

@@ -160,6 +160,8 @@ def test_a_training_from_s3_gives_a_bundle_that_predict_runs(
     card = trained.read("bundle/README.md").decode()
     assert "training set" in card
     assert "mask_AP" in card
+    assert "learning_rate: 0.004" in card
+    assert "workers: 1 (2 images in a step)" in card
     local = tmp_path / "bundle"
     local.mkdir()
     for name in (bundle.DESCRIPTION, bundle.WEIGHTS, bundle.CARD):
