@@ -55,6 +55,7 @@ def rows(coco: Record, image_id_of: ImageIdOf = shard_and_key) -> Iterator[dict[
 
     Masks of every kind become compressed RLE; they stay null where there are boxes only. `area` is
     the file's, on which COCO's area ranges depend, and where it has none that of the mask or box.
+    Numbers are the file's; a table rounds boxes and areas to float32.
 
     Args:
         coco: The parsed JSON.
