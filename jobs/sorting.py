@@ -48,7 +48,8 @@ class Stage:
         if rows:
             made = pa.Table.from_pylist(rows, schema=SCHEMAS[table])
             where = f"{self.folder}/{table}"
-            write.put_chunk(self.store, name, made, footer, where, write.TRAINING_ROWS_PER_GROUP)
+            group_rows = write.training_rows_per_group(made)
+            write.put_chunk(self.store, name, made, footer, where, group_rows)
 
     def put_contents(self, name: str, contents: pa.Table) -> None:
         """Write the digests of some images."""

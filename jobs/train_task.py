@@ -106,7 +106,9 @@ def freeze(output: Store, config: TrainConfig, task: Task) -> None:
         ConfigError: The output belongs to another training; the message names the difference.
     """
     # Whatever the places are called now: what lies there has a digest.
-    settings = {n: v for n, v in described_by(config).items() if n not in ("train", "val", "model")}
+    settings = {
+        n: v for n, v in _described_by(config).items() if n not in ("train", "val", "model")
+    }
     described = settings | {
         "train data": task.train.digest,
         "val data": task.val and task.val.digest,
@@ -130,7 +132,7 @@ def freeze(output: Store, config: TrainConfig, task: Task) -> None:
         )
 
 
-def described_by(config: TrainConfig) -> dict[str, Any]:
+def _described_by(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that the result depends on."""
     return {name: value for name, value in asdict(config).items() if name not in FREE}
 

@@ -372,8 +372,15 @@ def test_other_workers_are_refused(workers: str) -> None:
 def test_the_recipes_are_configurations_of_train(recipe: Path) -> None:
     found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
     # The small network, or what a bundle brings that is trained on.
-    assert found.arch == (None if recipe.name == "demo-fine.yaml" else "small")
+    assert found.arch == (None if recipe.name in ("demo-fine.yaml", "nuclei-r50.yaml") else "small")
     assert found.epochs == yaml.safe_load(recipe.read_text())["epochs"]
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "demo-fine.yaml"])
+def test_the_demos_arithmetic_is_the_same_on_every_machine(name: str) -> None:
+    recipe = Path(config.__file__).parent / "recipes" / name
+    found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
+    assert found.precision == "fp32"
 
 
 def test_several_values_of_a_flag_are_one_list(tmp_path: Path) -> None:
