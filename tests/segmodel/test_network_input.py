@@ -1,10 +1,13 @@
 """The network's input as it is made on a device against that of a CPU, which `test_resize.py` proves."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from segmodel import network_input
 from segmodel.images import Picture
@@ -86,3 +89,44 @@ def test_memory_of_any_strides_is_staged_and_stays_as_it_is() -> None:
         assert np.array_equal(copied.numpy(), pixels)
         copied.zero_()
         assert pixels.any()
+
+
+def test_on_a_gpu_the_work_is_queued_beside_the_network_which_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With streams that only write down in which order they are asked."""
+    calls: list[str] = []
+
+    class Stream:
+        def record_event(self) -> str:
+            calls.append("record")
+            return "written"
+
+        def wait_event(self, event: str) -> None:
+            calls.append(f"wait for {event}")
+
+    @contextmanager
+    def beside(_stream: Stream) -> Iterator[None]:
+        calls.append("leave the network's")
+        yield
+        calls.append("go back")
+
+    whole = functional.interpolate
+
+    def resize(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append("resize")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "stream", beside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Stream())
+    monkeypatch.setattr(functional, "interpolate", resize)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda _tensor, _stream: calls.append("keep")
+    )
+    maker = DeviceInput(SETTINGS, CPU, torch.channels_last)
+    monkeypatch.setattr(maker, "_stream", Stream())
+    batch = maker.batch(photos(SIZES[:2]))
+    queued = ["leave the network's", "resize", "resize", "record", "go back"]
+    assert calls == queued
+    assert batch.when_written().tensors is batch.tensors
+    assert calls[len(queued) :] == ["wait for written", "keep"]
