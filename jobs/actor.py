@@ -30,6 +30,8 @@ from segmodel.settings import Decode, InferencePrecision, network_size
 DECODED_AHEAD = 2
 # What no image takes that is worth having; on two CPUs, an image of 89 megapixels takes 20 s.
 IMAGE_TIMEOUT_S = 300.0
+# Its sides, scaled, are no multiples of 32, as those of most photos: kernels differ in that.
+HARMLESS = np.zeros((32, 45, 3), np.uint8)
 # What `ru_maxrss` counts in.
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -116,6 +118,9 @@ class Predict:
             masks=model.masks,
             compiled=model.compiled,
         )
+        if not pool.gpus_per_actor:
+            # What numba makes of the CPU's kernels, or finds on disk, is part of loading, not of an image.
+            predictor.predict([HARMLESS])
         predictor.on_batch = partial(self._metrics.observe, "segjobs_batch_images")
         return predictor
 
@@ -158,7 +163,7 @@ class Predict:
 
     def try_out(self) -> None:
         """Load the model and run it once, on a picture that harms nobody."""
-        self.predictor.predict([np.zeros((32, 32, 3), np.uint8)])
+        self.predictor.predict([HARMLESS])
 
     def _predict(self, block: pa.Table) -> pa.Table:
         started = time.perf_counter()

@@ -4,10 +4,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from jobs import training_set
 from jobs.config import ConfigError
+from jobs.processor import cpu_has_bf16
 from jobs.store import Store
 from jobs.train_config import TrainConfig
 from jobs.training_set import TrainingSet
@@ -70,11 +69,6 @@ def settled(config: TrainConfig, output: Store, *, gpus: bool) -> TrainConfig:
     if output.info(TASK) is not None:
         return replace(config, precision=json.loads(output.read(TASK))["precision"])
     return replace(config, precision="bf16" if gpus or cpu_has_bf16() else "fp32")
-
-
-def cpu_has_bf16() -> bool:
-    """Say whether this machine's processor multiplies bf16 itself."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def make(config: TrainConfig, *, gpus: bool) -> Task:
