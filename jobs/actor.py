@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 import torch
 
+from jobs.cluster import Node, own_node
 from jobs.encode import RAW, raw_row
 from jobs.envelope import Envelope, PredictError, chunk_id_of, failed, seal, unseal
 from jobs.metrics import Metrics
@@ -32,6 +33,9 @@ DECODED_AHEAD = 2
 IMAGE_TIMEOUT_S = 300.0
 # Its sides, scaled, are no multiples of 32, as those of most photos: kernels differ in that.
 HARMLESS = np.zeros((32, 45, 3), np.uint8)
+# Threads of an actor beside a GPU, at most: each holds decoded images, and no network has needed more (an H100 with
+# 16 CPUs).
+MOST_THREADS = 16
 # What `ru_maxrss` counts in.
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -45,7 +49,8 @@ class Pool:
         max_actors: Nor more.
         initial_actors: With how many it starts.
         gpus_per_actor: A share of one GPU, or several; 0 on CPUs.
-        threads: For decoding, and on a CPU for the network.
+        threads: Of an actor, for decoding, and on a CPU for the network. Where None, its share of the node on
+            which it starts: that may come long after the pool was laid out.
         batch_size: Images in a batch; the device's default where None.
         image_timeout_s: How long an image may take before its process is ended.
     """
@@ -54,9 +59,17 @@ class Pool:
     max_actors: int
     initial_actors: int
     gpus_per_actor: float
-    threads: int
+    threads: int | None
     batch_size: int | None
     image_timeout_s: float = IMAGE_TIMEOUT_S
+
+    def threads_on(self, node: Node) -> int:
+        """Return the threads of an actor on a node."""
+        if self.threads is not None:
+            return self.threads
+        fit = node.gpus / self.gpus_per_actor if self.gpus_per_actor else self.max_actors
+        actors = max(1.0, min(fit, self.max_actors))
+        return max(1, min(MOST_THREADS, int(node.cpus / actors)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +109,12 @@ class Predict:
     """
 
     def __init__(self, model: Model, pool: Pool) -> None:
+        threads = pool.threads_on(own_node())
         if not pool.gpus_per_actor:
-            torch.set_num_threads(pool.threads)
+            torch.set_num_threads(threads)
         self.model, self.pool = model, pool
-        self.window = pool.threads * DECODED_AHEAD
-        self.decoders = ThreadPoolExecutor(pool.threads, thread_name_prefix="decode")
+        self.window = threads * DECODED_AHEAD
+        self.decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.watchdog = Watchdog(pool.image_timeout_s)
         self._loading = threading.Lock()
         self._metrics = Metrics(model.output)

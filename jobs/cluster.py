@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import ray
 import ray.data
@@ -114,6 +115,30 @@ def reason(error: RayError) -> str:
 def log_folder() -> str:
     """Return where Ray keeps the log files of this session, on each node."""
     return f"{ray._private.worker.global_worker.node.get_session_dir_path()}/logs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What a node has."""
+
+    cpus: float
+    gpus: float
+
+
+def nodes() -> dict[str, Node]:
+    """Return the nodes that are there now, by id."""
+    return {
+        one["NodeID"]: Node(
+            cpus=one["Resources"].get("CPU", 0.0), gpus=one["Resources"].get("GPU", 0.0)
+        )
+        for one in ray.nodes()
+        if one["Alive"]
+    }
+
+
+def own_node() -> Node:
+    """Return the node that this process is on."""
+    return nodes()[ray.get_runtime_context().get_node_id()]
 
 
 def resources() -> tuple[float, float]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -34,7 +35,7 @@ from jobs import (
     write,
 )
 from jobs.actor import Model, Pool
-from jobs.cluster import connect, resources
+from jobs.cluster import connect, nodes, resources
 from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console
 from jobs.detect import look
@@ -100,7 +101,7 @@ def _work_off(
     run_id, started = uuid.uuid4().hex, time.time()
     receipts: dict[str, Counts] = {}
     seconds: Counter[str] = Counter()
-    busy = stages.Stages(_places(pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
+    busy = stages.Stages(partial(_places, pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
     images = 0
     todo = sum(len(w.positions) if w.positions else w.chunk.num_images for w in work)
     wanted = {
@@ -325,18 +326,21 @@ def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
         max_actors=max_actors,
         initial_actors=initial_actors,
         gpus_per_actor=share,
-        threads=max(1, int(cpus / max_actors)),
+        # Those beside GPUs, and on CPUs that are still to come, see when they start.
+        threads=None if share or not cpus else max(1, int(cpus / max_actors)),
         batch_size=config.batch_size,
         image_timeout_s=config.image_timeout,
     )
 
 
 def _places(pool: Pool) -> dict[str, float]:
-    """Return how many chunks, or images, each stage can have in work at once."""
-    cpus, _ = resources()
+    """Return how many chunks, or images, each stage can have in work at once, on the nodes that are there."""
+    there = nodes().values()
+    cpus = sum(node.cpus for node in there)
+    fit = [pool.threads_on(node) for node in there if node.gpus >= pool.gpus_per_actor]
     return {
         "read": cpus,
-        "decode": pool.max_actors * pool.threads,
+        "decode": pool.max_actors * max(fit, default=0),
         "network": pool.max_actors,
         "encode": cpus,
         "write": cpus,

@@ -14,11 +14,9 @@ from jobs.write import Counts
 
 def show_plan(planned: Plan, pool: Pool, left: int, title: str) -> None:
     """Show what there is to do, and who does it."""
-    where = (
-        f"{pool.gpus_per_actor:g} GPU each"
-        if pool.gpus_per_actor
-        else f"CPU, {pool.threads} thread"
-    )
+    where = "CPU" if pool.threads is None else f"CPU, {pool.threads} thread"
+    if pool.gpus_per_actor:
+        where = f"{pool.gpus_per_actor:g} GPU each"
     arithmetic = processor.in_words(
         planned.job["precision"], "fp32-fast", gpus=pool.gpus_per_actor > 0
     )

@@ -15,9 +15,17 @@ PACKAGES = ("segmodel", "jobs")
 # The demo's model is 15 of 16 MB, and the demo runs on one machine.
 LEFT_OUT = ("__pycache__", "demo_bundle")
 
-# Variables that name a file or a profile are no secrets, whatever their names say.
+# Variables that name a file or a profile are no secrets, whatever their names say. The short ones are whole words: PAT
+# stands in PATH, and RAY_AUTH_MODE is none.
 _SECRET = re.compile(
-    r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|(?:^|_)API_?KEY|(?:^|_)KEY(?:_|$)", re.IGNORECASE
+    r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|CONNECTION_?STRING|(?:^|_)API_?KEY|(?:^|_)(?:KEY|SAS|PAT)(?:_|$)"
+    r"|(?:^|_)AUTH(?:ORIZATION)?(?:_HEADER)?$",
+    re.IGNORECASE,
+)
+# Connection strings and signatures of Azure, keys of service accounts and of ssh, lines of .netrc and of settings.
+_SECRET_VALUE = re.compile(
+    r"\b(?:Account|SharedAccess)Key=|\bsig=|PRIVATE KEY|\bpassw(?:or)?d[\"']?\s*[=:\s]\s*\S",
+    re.IGNORECASE,
 )
 _NAMES_A_FILE = re.compile(r"_(?:FILE|PATH|DIR)$", re.IGNORECASE)
 
@@ -64,7 +72,7 @@ def variables(names: Iterable[str]) -> dict[str, str]:
         if value is None:
             raise ConfigError(f"--env {name}: it is not set here")
         secret = _SECRET.search(name) and not _NAMES_A_FILE.search(name)
-        if secret or holds_credentials(value):
+        if secret or holds_credentials(value) or _SECRET_VALUE.search(value):
             raise ConfigError(
                 f"--env {name}: it holds a credential, and Ray would write it into its logs. Give the cluster's nodes a "
                 "role or a service account, or set it where they are started"

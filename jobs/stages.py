@@ -30,12 +30,16 @@ class Stages:
     """
 
     def __init__(
-        self, places: Mapping[str, float], skipped: int, now: Callable[[], float] = time.monotonic
+        self,
+        places: Callable[[], Mapping[str, float]],
+        skipped: int,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin.
 
         Args:
-            places: How many chunks or images each stage can work on at once.
+            places: Says how many chunks or images each stage can work on at once. Asked at the end: nodes may
+                come after the beginning.
             skipped: Chunks that belong to the start.
             now: The time, seconds.
         """
@@ -51,7 +55,7 @@ class Stages:
         if self._chunks <= self._skipped:
             self._first = self._last
         counted = self._at_start if self._chunks <= self._skipped else self._since
-        counted.update({name: seconds.get(name, 0.0) for name in self._places})
+        counted.update(seconds)
 
     def busy(self) -> Busy:
         """Return each stage's busy share, of the steady state where there was one."""
@@ -62,7 +66,10 @@ class Stages:
         if not self._chunks or passed <= 0:
             return Busy()
         found = {
-            name: min(1.0, spent[name] / (passed * number)) for name, number in self._places.items()
+            name: min(1.0, spent[name] / (passed * number))
+            for name, number in self._places().items()
+            # None where its nodes are gone already.
+            if number
         }
         shares = dict(sorted(found.items(), key=lambda item: -item[1]))
         return Busy(shares=shares, with_start=with_start)

@@ -114,6 +114,9 @@ def _head(group: dict[str, Any]) -> Iterator[str]:
         yield "the head does work: num-cpus must be 0"
     if group["template"]["spec"].get("automountServiceAccountToken") is not True:
         yield "the head's autoscaler has no token: its account mounts none by itself"
+    (container,) = group["template"]["spec"]["containers"]
+    if {"name": "SEGJOBS_LOG_FORMAT", "value": "json"} not in container.get("env", []):
+        yield "the head's log is for people: SEGJOBS_LOG_FORMAT is not json"
     yield from _pod("head", group, "on-demand")
 
 

@@ -21,7 +21,7 @@ PROGRAMS: dict[str, set[str]] = {
     "make": {".venv/.ready"},
     "docker": {"build", "push"},
     "aws": {"iam create-policy"},
-    "kubectl": {"apply", "create", "describe", "delete", "get", "logs"},
+    "kubectl": {"apply", "create", "describe", "delete", "get", "logs --follow job/$NAME"},
     "envsubst": set(),
     "source": set(),
     "export": set(),

@@ -63,6 +63,7 @@ PLANTED = [
     ("capacity-type: spot", "capacity-type: on-demand", "gpu: must be on spot nodes"),
     ('num-cpus: "0"', 'num-cpus: "4"', "the head does work"),
     ("automountServiceAccountToken: true", "automountServiceAccountToken: false", "autoscaler has no token"),
+    ("{name: SEGJOBS_LOG_FORMAT, value: json}", "{name: SEGJOBS_LOG_FROMAT, value: json}", "the head's log is for people"),
     ("num-cpus: ", "num-cpu: ", "head: ray start has no --num-cpu"),
     ("serviceAccountName: segjobs", "serviceAccountName: default", "no service account"),
     ("runAsNonRoot: true", "runAsNonRoot: false", "may run as root"),

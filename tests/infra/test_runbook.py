@@ -44,6 +44,8 @@ def test_every_command_is_run_or_marked_and_names_what_is_there() -> None:
         ("```sh cloud\nkubectl get", "```sh cli\nkubectl get", "Watch: 'cli' says nothing"),
         ("kubectl get rayjobs", "kubctl get rayjobs", "kubctl is no program"),
         ("kubectl logs --follow", "kubectl log --follow", "kubectl log --follow"),
+        # The submitter's pod has the driver's log; the head's container has none of it.
+        ("logs --follow job/$NAME", "logs --follow --container=ray-head", "its verb is none of"),
         ("| kubectl create -f -", "| kubectl crate -f -", "kubectl crate -f -: its verb is none of"),
         ("infra/kubernetes/train.yaml |", "infra/kubernetes/trian.yaml |", "there is no infra/kubernetes/trian.yaml"),
         ("envsubst '$ACCOUNT' <", "envsubst '$BUCKET' <", "access.yaml has $ACCOUNT, not $BUCKET"),

@@ -1,27 +1,15 @@
 """What labels every night: a CronJob that starts a RayJob, the same as RayCronJob, and plain cron."""
 
 import os
-import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.infra.kuberay import problems
 from tests.infra.rules import KUBERNETES, job_problems, load
-
-TEXT = (KUBERNETES / "label.yaml").read_text()
-
-
-def parts(text: str = TEXT) -> dict[str, dict[str, Any]]:
-    return {one["kind"]: one for one in load(text)}
-
-
-def ray_job(text: str = TEXT) -> dict[str, Any]:
-    return yaml.safe_load(parts(text)["ConfigMap"]["data"]["rayjob.yaml"])  # type: ignore[no-any-return]
+from tests.infra.schedule_rules import TEXT, parts, ray_job, schedule_problems
 
 
 def test_the_job_that_is_started_is_valid() -> None:
@@ -29,8 +17,12 @@ def test_the_job_that_is_started_is_valid() -> None:
 
 
 def test_the_alpha_resource_starts_the_same_job() -> None:
-    (cron,) = load((KUBERNETES / "label-raycronjob.yaml").read_text())
+    text = (KUBERNETES / "label-raycronjob.yaml").read_text()
+    (cron,) = load(text)
     assert problems(cron) == []
+    # Which has `timeZone`.
+    assert "KubeRay 1.7 or newer" in " ".join(text.replace("#", "").split())
+    assert cron["spec"]["timeZone"] == parts()["CronJob"]["spec"]["timeZone"]
     assert cron["spec"]["jobTemplate"] == ray_job()["spec"]
     assert cron["spec"]["schedule"] == parts()["CronJob"]["spec"]["schedule"]
 
@@ -38,37 +30,6 @@ def test_the_alpha_resource_starts_the_same_job() -> None:
 def test_it_runs_on_the_cluster_of_the_other_jobs() -> None:
     (train,) = load((KUBERNETES / "train.yaml").read_text())
     assert ray_job()["spec"]["rayClusterSpec"] == train["spec"]["rayClusterSpec"]
-
-
-def schedule_problems(text: str) -> list[str]:
-    """Return what would let two nights overlap, or a night's start fail."""
-    about = parts(text)
-    cron = about["CronJob"]["spec"]
-    pod = cron["jobTemplate"]["spec"]["template"]["spec"]
-    work = ray_job(text)["spec"]
-    rules = {
-        "nights may overlap": cron.get("concurrencyPolicy") == "Forbid",
-        "the wait ends before the job may": cron["jobTemplate"]["spec"]["activeDeadlineSeconds"]
-        > work["activeDeadlineSeconds"],
-        "its account has no role": pod["serviceAccountName"]
-        == about["RoleBinding"]["subjects"][0]["name"],
-        "the binding is of another role": about["RoleBinding"]["roleRef"]["name"]
-        == about["Role"]["metadata"]["name"],
-        "its script is not there": pod["volumes"][0]["configMap"]["name"]
-        == about["ConfigMap"]["metadata"]["name"],
-    }
-    return [words for words, holds in rules.items() if not holds] + list(_role_problems(about))
-
-
-def _role_problems(about: dict[str, dict[str, Any]]) -> Iterator[str]:
-    rules = about["Role"]["rules"]
-    allowed = {(r, v) for rule in rules for r in rule["resources"] for v in rule["verbs"]}
-    used = set(re.findall(r"kubectl (\w+)", about["ConfigMap"]["data"]["start-and-wait.sh"]))
-    yield from (
-        f"its role does not let it {v} RayJobs" for v in used if ("rayjobs", v) not in allowed
-    )
-    if len(allowed) > len(used):
-        yield "its role lets it do more than it does"
 
 
 def test_nights_do_not_overlap_and_may_start() -> None:
@@ -80,13 +41,40 @@ def test_nights_do_not_overlap_and_may_start() -> None:
     [
         ("concurrencyPolicy: Forbid", "concurrencyPolicy: Allow", "nights may overlap"),
         ("activeDeadlineSeconds: 79200", "activeDeadlineSeconds: 7200", "the wait ends before"),
-        ("serviceAccountName: segjobs-scheduler", "serviceAccountName: default", "no role"),
+        ("backoffLimit: 1", "backoffLimit: 2", "the wait ends before"),
+        ("serviceAccountName: segjobs-scheduler", "serviceAccountName: default", "account is not there"),
         ("name: segjobs-scheduler}\nsubjects", "name: other}\nsubjects", "of another role"),
         ("verbs: [create, get]", "verbs: [create]", "does not let it get RayJobs"),
         ("verbs: [create, get]", "verbs: [create, get, delete]", "more than it does"),
         ("configMap: {name: segjobs-label}", "configMap: {name: other}", "its script is not there"),
+        # Who may do what.
+        ("apiGroups: [ray.io]", "apiGroups: [rays.io]", "does not let it get RayJobs"),
+        ("{kind: ServiceAccount, name", "{kind: User, name", "the binding is of another account"),
+        ("kind: Role, name", "kind: ClusterRole, name", "the binding is of another role"),
+        ("metadata:\n  name: segjobs-scheduler\n---\n# RayJobs", "metadata:\n  name: scheduler\n---\n# RayJobs", "its account is not there; the binding is of another account"),
+        ("  - {kind: ServiceAccount, name: segjobs-scheduler}", "  - {kind: ServiceAccount, name: other}", "the binding is of another account"),
+        # When.
+        ("timeZone: Etc/UTC", "timeZone: Etc/UTC9", "there is no time zone Etc/UTC9"),
+        ('schedule: "0 2 * * *"', 'schedule: "0 2 * *"', "its schedule is no five fields"),
+        # What runs.
+        ("restartPolicy: Never", "restartPolicy: Always", "a Job's pod never restarts by itself"),
+        ("runAsNonRoot: true, runAsUser: 1000}\n          containers:\n            - name: start", "runAsNonRoot: false, runAsUser: 0}\n          containers:\n            - name: start", "may run as root"),
+        ("alpine/k8s:1.33.4", "alpine:latest", "has no kubectl of a known version"),
+        ("[sh, /label/start-and-wait.sh]", "[sh, /lable/start-and-wait.sh]", "there is no /lable/start-and-wait.sh"),
+        ("[sh, /label/start-and-wait.sh]", "[sh, /label/start.sh]", "there is no /label/start.sh"),
+        ("/label/rayjob.yaml", "/lable/rayjob.yaml", "there is no /lable/rayjob.yaml"),
+        ("{name: label, mountPath: /label,", "{name: lable, mountPath: /label,", "there is no volume lable"),
+        ("mountPath: /label,", "mountPath: /labels,", "there is no /label/start-and-wait.sh"),
+        # What it is told, and makes of that.
+        ("labels['batch.kubernetes.io/job-name']", "labels['batch.kubernetes.io/jobname']", "NAME is not the Job's"),
+        ("labels['batch.kubernetes.io/controller-uid']", "labels['batch.kubernetes.io/job-name']", "OWNER is not the Job's"),
+        ("- name: OWNER", "- name: OWNR", "OWNER is not the Job's"),
+        ('create -f -', 'create -f - "$OTHER"', "nobody sets OTHER"),
+        ("kind: Job, name: JOB_NAME", "kind: CronJob, name: JOB_NAME", "the RayJob does not go with its Job"),
+        ('uid: "JOB_UID"', 'uid: "JOB_ID"', "the RayJob does not go with its Job"),
+        ("      name: JOB_NAME", "      name: JOBNAME", "the RayJob is not called as its Job"),
     ],
-)
+)  # fmt: skip
 def test_a_planted_error_is_named(right: str, wrong: str, words: str) -> None:
     assert right in TEXT
     assert words in "; ".join(schedule_problems(TEXT.replace(right, wrong)))
@@ -118,9 +106,15 @@ esac
 @pytest.mark.parametrize(
     ("states", "there", "code"),
     [
-        (["", "Initializing", "Running", "Complete"], False, 0),
-        (["Running", "Failed"], False, 1),
-        (["Running", "Complete"], True, 0),
+        (
+            [" ", "Initializing ", "Running PENDING", "Running RUNNING", "Complete SUCCEEDED"],
+            False,
+            0,
+        ),
+        (["Running RUNNING", "Retrying ", "Failed FAILED"], False, 1),
+        (["Running RUNNING", "Complete SUCCEEDED"], True, 0),
+        (["Running RUNNING", "Complete STOPPED"], False, 1),
+        (["ValidationFailed "], False, 1),
     ],
 )
 def test_the_script_starts_once_and_ends_as_the_job_does(

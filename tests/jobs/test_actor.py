@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from jobs import encode
-from jobs.actor import Model, Pool, Predict
+from jobs.actor import DECODED_AHEAD, Model, Pool, Predict
 from jobs.envelope import Envelope, seal, unseal
 from jobs.read import IMAGES
 from jobs.storage import open_store
@@ -61,6 +61,19 @@ def block_of(contents: list[bytes | None], chunk_id: str = "00000007") -> pa.Tab
     ]
     table = pa.table(columns, schema=IMAGES)
     return seal(Envelope(chunk_id=chunk_id, seconds={"read": 1.5}, table=table))
+
+
+def test_threads_are_the_share_of_the_node(model: Model) -> None:
+    pool = Pool(
+        min_actors=1,
+        max_actors=1,
+        initial_actors=1,
+        gpus_per_actor=0,
+        threads=None,
+        batch_size=None,
+    )
+    # The tests' Ray has two CPUs.
+    assert Predict(model, pool).window == 2 * DECODED_AHEAD
 
 
 def test_detections_are_those_of_the_bare_predictor(

@@ -11,9 +11,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from jobs.cluster import ClusterError, connect, plain_errors, reason, resources
+from jobs import predict
+from jobs.cluster import ClusterError, Node, connect, plain_errors, reason, resources
 from jobs.config import ConfigError, PredictConfig
-from jobs.predict import _lay_out
+from jobs.predict import _lay_out, _places
 from jobs.store import StorageError
 
 pytestmark = pytest.mark.ray
@@ -90,6 +91,41 @@ def test_actors_that_do_not_fit_are_refused_unless_the_cluster_may_grow(ray_loca
         _lay_out(config(initial_actors=3, max_actors=2), may_grow=False)
     with pytest.raises(ConfigError, match="room for 3"):
         _lay_out(config(min_actors=4), may_grow=False)
+
+
+def test_a_pool_on_nodes_that_are_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped clusters have a head that does no work, and workers only when somebody wants them."""
+    monkeypatch.setattr(predict, "resources", lambda: (0.0, 0.0))
+    pool = _lay_out(config(gpus_per_actor=1, min_actors=1, max_actors=8), may_grow=True)
+    assert (pool.min_actors, pool.max_actors, pool.threads) == (1, 8, None)
+    there = {"head": Node(cpus=0, gpus=0)}
+    monkeypatch.setattr(predict, "nodes", lambda: there)
+    assert set(_places(pool).values()) == {0, 8}
+    there |= {f"worker {n}": Node(cpus=12, gpus=1) for n in range(8)}
+    assert _places(pool) == {"read": 96, "decode": 96, "network": 8, "encode": 96, "write": 96}
+    on_cpus = _lay_out(config(max_actors=4), may_grow=True)
+    assert (on_cpus.gpus_per_actor, on_cpus.threads) == (0, None)
+    assert on_cpus.threads_on(there["worker 0"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "node", "threads"),
+    [
+        ({"gpus_per_actor": 1}, Node(cpus=12, gpus=1), 12),
+        ({"gpus_per_actor": 1}, Node(cpus=16, gpus=4), 4),
+        ({"gpus_per_actor": 0.5}, Node(cpus=12, gpus=1), 6),
+        ({"gpus_per_actor": 2}, Node(cpus=32, gpus=8), 8),
+        ({"gpus_per_actor": 1, "max_actors": 1}, Node(cpus=8, gpus=8), 8),
+        ({"gpus_per_actor": 1}, Node(cpus=192, gpus=8), 16),
+        ({"gpus_per_actor": 1}, Node(cpus=1, gpus=4), 1),
+    ],
+)
+def test_an_actor_has_its_share_of_its_node(
+    more: dict[str, float], node: Node, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "resources", lambda: (0.0, 0.0))
+    pool = _lay_out(config(**{"max_actors": 64, **more}), may_grow=True)
+    assert pool.threads_on(node) == threads
 
 
 @pytest.mark.parametrize(

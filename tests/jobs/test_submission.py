@@ -166,6 +166,13 @@ def test_without_code_only_files_travel(tmp_path: Path) -> None:
         "HF_TOKEN",
         "DB_PASSWORD",
         "API_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_SAS",
+        "GH_PAT",
+        "PAT_OF_CI",
+        "MYSTORE_AUTH",
+        "AUTH_HEADER",
+        "HTTP_AUTHORIZATION",
     ],
 )
 def test_credentials_do_not_travel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,10 +182,27 @@ def test_credentials_do_not_travel(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert "planted" not in str(caught.value)
 
 
-def test_values_with_credentials_are_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", "http://me:planted@proxy")
-    with pytest.raises(ConfigError, match="HTTPS_PROXY: it holds a credential"):
-        variables(["HTTPS_PROXY"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://me:planted@proxy",
+        "DefaultEndpointsProtocol=https;AccountName=me;AccountKey=planted==",
+        "Endpoint=sb://me/;SharedAccessKey=planted",
+        "sv=2024-11-04&ss=b&sig=planted%3D",
+        '{"type": "service_account", "private_key": "-----BEGIN PRIVATE KEY-----\\nplanted"}',
+        "-----BEGIN OPENSSH PRIVATE KEY-----\nplanted",
+        "machine host login me password planted",
+        "host=db user=me password=planted",
+        '{"user": "me", "password": "planted"}',
+    ],
+)
+def test_values_with_credentials_are_credentials(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SETTING", value)
+    with pytest.raises(ConfigError, match="SETTING: it holds a credential") as caught:
+        variables(["SETTING"])
+    assert "planted" not in str(caught.value)
 
 
 def test_names_of_profiles_and_files_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,10 +211,17 @@ def test_names_of_profiles_and_files_are_none(monkeypatch: pytest.MonkeyPatch) -
         "AWS_REGION",
         "AWS_SHARED_CREDENTIALS_FILE",
         "AWS_WEB_IDENTITY_TOKEN_FILE",
+        # Nor these, of which parts are called so.
+        "PYTHONPATH",
+        "PATTERN",
+        "RAY_AUTH_MODE",
+        "SASSY",
+        "AUTHOR",
+        "NETRC",
     ]
     for name in names:
-        monkeypatch.setenv(name, "x")
-    assert variables(names) == dict.fromkeys(names, "x")
+        monkeypatch.setenv(name, "/run/secrets/password")
+    assert variables(names) == dict.fromkeys(names, "/run/secrets/password")
 
 
 def test_a_variable_that_is_not_set_is_named() -> None:
