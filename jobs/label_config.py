@@ -36,9 +36,13 @@ class LabelConfig:
         "make a version (a candidate, or an older one) current until the next is published", None
     )
     reviewed: str | None = option(
-        "COCO instances file of images that people went over: publish a version with their labels in the "
-        "place of the machine's",
+        "COCO instances file, or Label Studio's JSON, of images that people went over: publish a version with "
+        "their labels in the place of the machine's",
         None,
+    )
+    reviewed_empty: bool = option(
+        "take a reviewed file without any label, too, of images that have some",
+        False,  # noqa: FBT003
     )
     format: Format = option("how the input is read; auto looks and says what it chose", "auto")
     precision: InferencePrecision = option("arithmetic; see `segjobs predict --help`", "auto")
@@ -70,6 +74,8 @@ class LabelConfig:
         others = self.others
         if len(others) > 1:
             raise ConfigError(f"{' and '.join(others)} exclude one another: give one")
+        if self.reviewed_empty and self.reviewed is None:
+            raise ConfigError("--reviewed-empty is of --reviewed alone: leave it out")
         wanted = ("input",) if self.dry_run else () if others else _LABELS
         missing = [f"--{name}" for name in wanted if getattr(self, name) is None]
         if missing:

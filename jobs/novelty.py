@@ -5,20 +5,18 @@ was labelled, but not labelled again. The driver holds 24 bytes for each labelle
 """
 
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
-from jobs import chunks
+from jobs import chunks, contents
 from jobs.chunks import Chunk
-from jobs.detect import FOOTER_WINDOW, OBJECTS, Input, objects_of
-from jobs.index import id_digest
+from jobs.contents import Known, content_digest
+from jobs.detect import OBJECTS, Input, objects_of
 from jobs.plan import Plan
 from jobs.read import Source, read_chunk, read_names
 from jobs.store import ObjectInfo, Store
@@ -26,18 +24,6 @@ from jobs.tasks import in_order
 from jobs.versions import CONTENTS, Version
 
 Bool: TypeAlias = npt.NDArray[np.bool_]
-
-DIGEST_BYTES = 16
-# Of each labelled image: the object of the input that it came from, and a digest of its bytes, which is empty
-# where there were none. In files of their own, so that rows stay in the one schema.
-CONTENT = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("object", pa.string(), nullable=False),
-        pa.field("digest", pa.binary(), nullable=False),
-    ]
-)
-_KNOWN = np.dtype([("image", np.uint64), ("digest", f"V{DIGEST_BYTES}")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +118,6 @@ def compare(found: News, planned: Plan, source: Source, parent: Version | None) 
     return Compared(planned=less if kept else None, replaced=tuple(sorted(replaced)), same=same)
 
 
-def content_digest(data: bytes | None) -> bytes:
-    """Return the digest of an image's bytes; empty where there are none, which is like no other."""
-    return b"" if data is None else blake2b(data, digest_size=DIGEST_BYTES).digest()
-
-
 def object_of(chunk: Chunk, shard: str, key: str) -> str:
     """Return the object of the input that an image of a chunk comes from."""
     if chunk.kind != "objects":
@@ -161,33 +142,21 @@ def _cut(chunk: Chunk, keep: Bool) -> Chunk:
     )
 
 
-def _known(parent: Version, objects: frozenset[str] | None) -> npt.NDArray[np.void]:
-    """Return ids and digests of what is labelled, by id: of images of some objects of the input, or of all."""
+def _known(parent: Version, objects: frozenset[str] | None) -> Known:
+    """Return what is labelled: images of some objects of the input, or all."""
     wanted = None if objects is None else pa.array(sorted(objects), pa.string())
     calls = ((parent.store, info, wanted) for info in objects_of(parent.table(CONTENTS).objects))
-    parts = [part for (part,) in in_order(_known_of, calls)]
-    known = np.concatenate([np.empty(0, _KNOWN), *parts])
-    return known[np.argsort(known["image"], kind="stable")]
+    return contents.joined([part for (part,) in in_order(_known_of, calls)])
 
 
-def _known_of(
-    store: Store, info: ObjectInfo, objects: pa.Array | None
-) -> list[npt.NDArray[np.void]]:
-    file = pq.ParquetFile(store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
-    table = file.read(columns=CONTENT.names)
-    if objects is not None:
-        table = table.filter(pc.is_in(table["object"], objects))
-    known = np.zeros(table.num_rows, _KNOWN)
-    known["image"] = [id_digest(name) for name in table["image_id"].to_pylist()]
-    for row, digest in enumerate(table["digest"].to_pylist()):
-        known["digest"][row] = np.void(digest.ljust(DIGEST_BYTES, b"\0"))
-    return [known]
+def _known_of(store: Store, info: ObjectInfo, objects: pa.Array | None) -> list[Known]:
+    return [contents.known_of(contents.read(store, info, objects))]
 
 
 def _compare_chunk(
     chunk: Chunk,
     source: Source,
-    known: npt.NDArray[np.void],
+    known: Known,
     changed: frozenset[str],
     every: bool,  # noqa: FBT001 - a task's arguments have no names
 ) -> list[tuple[Bool, list[str]]]:
@@ -197,9 +166,8 @@ def _compare_chunk(
     places: dict[int, int] = {}
     for number, row in enumerate(rows):
         if every or object_of(chunk, row["shard"], row["key"]) in changed:
-            image = np.uint64(id_digest(row["image_id"]))
-            place = int(np.searchsorted(known["image"], image))
-            if place < len(known) and known["image"][place] == image:
+            place = contents.place(known, row["image_id"])
+            if place is not None:
                 places[number] = place
     if not places:
         return [(keep, [])]
@@ -207,7 +175,7 @@ def _compare_chunk(
     data = read_chunk(_cut(chunk, look), source)["data"].to_pylist()
     replaced = []
     for (number, place), content in zip(sorted(places.items()), data, strict=True):
-        digest = np.void(content_digest(content).ljust(DIGEST_BYTES, b"\0"))
+        digest = contents.padded(content_digest(content))
         keep[number] = content is None or known["digest"][place] != digest
         if keep[number]:
             replaced.append(rows[number]["image_id"])

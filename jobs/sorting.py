@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from jobs import chunks, versions, write
 from jobs.chunks import Chunk
+from jobs.contents import CONTENT, content_digest
 from jobs.detect import FOOTER_WINDOW
-from jobs.novelty import CONTENT, content_digest, object_of
+from jobs.novelty import object_of
 from jobs.plan import Plan
 from jobs.read import Source, read_chunk
 from jobs.store import ObjectInfo, Store

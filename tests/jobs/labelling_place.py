@@ -73,6 +73,11 @@ class Place:
         return {row["image_id"]: row for row in rows}
 
 
+def words(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said, however its lines were broken."""
+    return " ".join(capsys.readouterr().out.split())
+
+
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run tasks in this process, and let `predict` find what the bytes of an image decide."""
 

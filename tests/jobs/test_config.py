@@ -93,6 +93,7 @@ COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (PackConfig, "score_threshold"): {"predictions": "some text"},
     (TrainConfig, "scale_max"): {"scale_min": 0.25},
     (ExportConfig, "subset"): {"annotations": "some text"},
+    (LabelConfig, "reviewed_empty"): {"reviewed": "some text"},
     (ExportConfig, "image_prefix"): {"to": "labelstudio"},
 }
 

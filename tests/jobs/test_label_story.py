@@ -28,7 +28,7 @@ from pycocotools.cocoeval import COCOeval
 
 from jobs import demo, plan, versions
 from jobs.__main__ import main
-from jobs.novelty import content_digest
+from jobs.contents import content_digest
 from jobs.storage import open_store
 from jobs.versions import ACCEPTED, CONTENTS, REJECTED, REVIEW
 from segmodel import bundle, scenes
