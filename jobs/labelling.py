@@ -5,7 +5,7 @@ whoever runs next, and two at once share one ledger. So does the folder in which
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,8 +217,7 @@ def begun(config: LabelConfig, base: Base, rules: Rules) -> Base | None:
             continue
         objects = versions.read_table(work, f"{PLAN_FOLDER}/{planned.plan_id}/objects.parquet")
         if novelty.holds(base.news.objects, objects):
-            changed = base.news.changed & set(objects["path"].to_pylist())
-            return replace(base, news=replace(base.news, objects=objects, changed=changed))
+            return replace(base, news=novelty.some_of(base.news, objects))
     return None
 
 
@@ -271,6 +270,7 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
     before = LISTING.empty_table() if base.parent is None else base.parent.objects
     kept, taken = sorting.replace_rows(before, replaced, stage)
     objects = pa.concat_tables([kept, sorting.listed(stage, [*taken.objects, *new.objects])])
+    inputs = novelty.inputs(base.parent, base.news.objects, new.unsettled)
     manifest = {
         **version_facts.made(base.parent, new, taken, objects, config.max_drift),
         "input": base.found.store.uri,
@@ -280,14 +280,22 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
         "policy_digest": policy_digest,
         "work": rules.digest,
         "categories": merged_categories(base.parent, rules.bundle, rules.model),
-        "notes": list(planned.notes),
+        "notes": [*planned.notes, *_to_be_tried_again(inputs)],
     }
-    inputs = novelty.inputs(base.parent, base.news.objects)
     if not put(stage, base.number, manifest, objects, inputs):
         return None
     _tidy(base)
     label_view.show(versions.load(base.dataset, base.number))
     return DRIFTED if manifest["exceeded"] else 0
+
+
+def _to_be_tried_again(inputs: pa.Table) -> Iterator[str]:
+    tries = inputs["tries"].to_numpy()
+    if number := int(((tries > 0) & (tries < novelty.MAX_TRIES)).sum()):
+        yield (
+            f"{number} objects have images in error for what may pass: the next run tries them again, up to "
+            f"{novelty.MAX_TRIES} times in all"
+        )
 
 
 def merged_categories(parent: Version | None, bundle: Bundle, model: str) -> list[dict[str, Any]]:
