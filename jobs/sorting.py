@@ -67,7 +67,7 @@ class Sorted:
         fates: Images by the table that they went to; `audit` counts those accepted that are looked at, too.
         labels: Detections that were accepted, those that wait for a person, and those that were rejected.
         reasons: Images that were not accepted by reason (of errors the kind), and detections.
-        profile: Of the images that were not in error.
+        profile: Of the images; of those in error their number.
         objects: Rows of `versions.LISTING` but for size and etag.
         unsettled: Objects of the input with an error that may pass.
     """
@@ -143,6 +143,8 @@ def _add(rows: Mapping[str, list[Row]], done: Sorted, row: Row, verdict: Verdict
     done.fates[verdict.fate] += 1
     if row["status"] == "ok":
         done.profile.add(kept)
+    else:
+        done.profile.failed += 1
     if reason is not None:
         done.reasons[reason.partition(":")[0]] += 1
     if verdict.fate == ACCEPTED:
@@ -287,6 +289,8 @@ def _take_away(done: Sorted, table: str, rows: Iterable[Row]) -> None:
         done.images -= 1
         if row["status"] == "ok":
             done.profile.add(row["detections"] if table != REJECTED else (), times=-1)
+        else:
+            done.profile.failed -= 1
 
 
 def read(store: Store, row: Row, columns: Sequence[str] | None = None) -> pa.Table:

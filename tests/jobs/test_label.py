@@ -76,7 +76,8 @@ def test_what_is_new_becomes_the_next_version(
     # The first version is as it was.
     assert place.rows(1) == first
     assert manifest["parent"] == 1
-    assert set(manifest["drift"]) == {"class_mix", "scores", "sizes", "empty_share"}
+    kinds = {"class_mix", "scores", "sizes", "empty_share", "error_share"}
+    assert set(manifest["drift"]) == kinds
     profile = manifest["profile"]["all"]
     assert profile["images"] == 8
     assert sum(profile["scores"].values()) == sum(len(r["detections"]) for r in second.values())
@@ -133,6 +134,27 @@ def test_what_drifts_is_a_candidate_until_it_is_promoted(
     assert "New since version 2" in words(capsys)
     assert main(["label", "--dataset", place.named(), "--show", "2"]) == 0
     assert "Version 2, candidate" in words(capsys)
+
+
+def test_a_night_of_errors_is_a_candidate(place: Place) -> None:
+    place.put("a.tar", {f"{n}.jpg": n for n in range(20)})
+    assert place.label("--max-drift", "0.1") == 0
+    junk = place.make_tar([(f"{n}.jpg", b"no image %d" % n) for n in range(50)])
+    (place.root / "in" / "b.tar").write_bytes(junk)
+    assert place.label("--max-drift", "0.1") == 4
+    second = place.manifest(2)
+    assert (second["status"], second["exceeded"]) == ("candidate", ["error_share"])
+    # Nothing else of it can be compared.
+    assert second["drift"] == {
+        "error_share": {"distance": 1.0, "chance": pytest.approx(0.29, abs=0.01)}
+    }
+    assert second["profile"]["all"]["failed"] == 50
+    assert main(["label", "--dataset", place.named(), "--promote", "2"]) == 0
+    # Mended, they are errors no more.
+    place.put("b.tar", {f"{n}.jpg": 20 + n for n in range(50)})
+    assert place.label() == 0
+    assert place.manifest(3)["profile"]["all"]["failed"] == 0
+    assert place.manifest(3)["profile"]["all"]["images"] == 70
 
 
 def test_who_is_second_starts_from_the_first(
