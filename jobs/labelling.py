@@ -30,6 +30,7 @@ from segmodel.bundle import Bundle
 from segmodel.policy import Policy
 
 WORK = "work"
+# Somebody has to look: at a candidate, or at a version that was rolled back.
 DRIFTED = 4
 DIGITS = 16
 
@@ -102,6 +103,8 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
     rules = rules_of(config, base)
     if (candidate := waiting(config, base, rules)) is not None:
         return _still_waiting(base, candidate)
+    if (refused := rolled_back(base, rules)) is not None:
+        return _would_undo(base, refused)
     label_view.show_news(base.parent, base.found, base.news)
     began = begun(config, base, rules)
     if began is not None:
@@ -197,6 +200,32 @@ def _still_waiting(base: Base, candidate: Version) -> int:
     console.print(
         f"Nothing is new at {base.found.store.uri} since the candidate {number}, which waits: look at it by "
         f"--show {number}, and make it current by --promote {number}. Nothing was published."
+    )
+    return DRIFTED
+
+
+def rolled_back(base: Base, rules: Rules) -> Version | None:
+    """Return a version that was rolled back and whose labels this run would make again, or None.
+
+    That is one of the same model and policy that has some of the objects that are to be labelled.
+    """
+    if base.parent is None:
+        return None
+    same = rules.bundle.digest, policy.digest(rules.policy)
+    for other in versions.left_behind(base.dataset, base.parent.number):
+        model = other.manifest["model"] or {}
+        is_same = (model.get("digest"), other.manifest["policy_digest"]) == same
+        if is_same and novelty.shares(base.news.objects, other.inputs):
+            return other
+    return None
+
+
+def _would_undo(base: Base, refused: Version) -> int:
+    number = refused.number
+    console.print(
+        f"Version {number} was rolled back, and this run would label its images by the same model and policy "
+        f"again. Give another --policy or --model, take its images out of {base.found.store.uri}, or make it "
+        f"current again by --promote {number}. Nothing was published."
     )
     return DRIFTED
 

@@ -136,6 +136,11 @@ def holds(objects: pa.Table, some: pa.Table) -> bool:
     return bool(pc.all(pc.is_in(_whole(some), _whole(objects)), min_count=0).as_py())
 
 
+def shares(objects: pa.Table, others: pa.Table) -> bool:
+    """Say whether any of some objects is among others, unchanged."""
+    return bool(pc.any(pc.is_in(_whole(objects), _whole(others)), min_count=0).as_py())
+
+
 def compare(found: News, planned: Plan, source: Source, parent: Version | None) -> Compared:
     """Leave out of a plan the images whose content is labelled, in Ray tasks that read them.
 

@@ -50,6 +50,13 @@ def _steps(config: LabelConfig, base: Base, rules: Rules) -> Iterator[tuple[str,
             f"{labelling.DRIFTED})",
         )
         return
+    if (refused := labelling.rolled_back(base, rules)) is not None:
+        yield (
+            "then",
+            f"{_PUBLISHES_NOTHING}: version {refused.number}, whose labels it would make again, was rolled back "
+            f"(exit code {labelling.DRIFTED})",
+        )
+        return
     began = labelling.begun(config, base, rules)
     if began is not None:
         yield "first", f"finish what an earlier run began, as version {base.number}"
