@@ -3,8 +3,8 @@
 Input: whatever `predict` reads; shards and images that no parent version has labelled are predicted, by that
 verb, and a policy sorts what it found. Output: `versions/<n>/`, with labels to train on, a queue for people and
 what was rejected, published by one conditional put. Run it as often as you like: a run that was missed or killed
-is made good by the next. Exit codes: 0 published, or nothing was new; 4 published as a candidate, or
-a version that was rolled back would be made again.
+is made good by the next. Exit codes: 0 published, or nothing was new; 4 (or `--held-exit-code`) published as a
+candidate, or a version that was rolled back would be made again.
 """
 
 import uuid

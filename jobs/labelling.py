@@ -30,8 +30,6 @@ from segmodel.bundle import Bundle
 from segmodel.policy import Policy
 
 WORK = "work"
-# Somebody has to look: at a candidate, or at a version that was rolled back.
-DRIFTED = 4
 DIGITS = 16
 
 _REPLACED = pa.schema([("image_id", pa.string())])
@@ -102,9 +100,9 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
         return _nothing_new(base, 0)
     rules = rules_of(config, base)
     if (candidate := waiting(config, base, rules)) is not None:
-        return _still_waiting(base, candidate)
+        return _held(config, _still_waiting(base, candidate))
     if (refused := rolled_back(base, rules)) is not None:
-        return _would_undo(base, refused)
+        return _held(config, _would_undo(base, refused))
     label_view.show_news(base.parent, base.found, base.news)
     began = begun(config, base, rules)
     if began is not None:
@@ -195,13 +193,18 @@ def waiting(config: LabelConfig, base: Base, rules: Rules) -> Version | None:
     return None if version_facts.passes(candidate, config.max_drift) else candidate
 
 
-def _still_waiting(base: Base, candidate: Version) -> int:
+def _held(config: LabelConfig, why: str) -> int:
+    """Say that somebody has to look, in words that a log is searched for; return the exit code."""
+    console.print(f"ALERT: {why}", markup=False)
+    return config.held_exit_code
+
+
+def _still_waiting(base: Base, candidate: Version) -> str:
     number = candidate.number
-    console.print(
+    return (
         f"Nothing is new at {base.found.store.uri} since the candidate {number}, which waits: look at it by "
         f"--show {number}, and make it current by --promote {number}. Nothing was published."
     )
-    return DRIFTED
 
 
 def rolled_back(base: Base, rules: Rules) -> Version | None:
@@ -220,14 +223,13 @@ def rolled_back(base: Base, rules: Rules) -> Version | None:
     return None
 
 
-def _would_undo(base: Base, refused: Version) -> int:
+def _would_undo(base: Base, refused: Version) -> str:
     number = refused.number
-    console.print(
+    return (
         f"Version {number} was rolled back, and this run would label its images by the same model and policy "
         f"again. Give another --policy or --model, take its images out of {base.found.store.uri}, or make it "
         f"current again by --promote {number}. Nothing was published."
     )
-    return DRIFTED
 
 
 def begun(config: LabelConfig, base: Base, rules: Rules) -> Base | None:
@@ -315,7 +317,15 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
         return None
     _tidy(base)
     label_view.show(versions.load(base.dataset, base.number))
-    return DRIFTED if manifest["exceeded"] else 0
+    return _held(config, _drifted(base.number, manifest)) if manifest["exceeded"] else 0
+
+
+def _drifted(number: int, manifest: Mapping[str, Any]) -> str:
+    moved = " and ".join(name.replace("_", " ") for name in manifest["exceeded"])
+    return (
+        f"Version {number} is a candidate only, and nobody reads it: {moved} moved further than --max-drift "
+        f"{manifest['max_drift']:g}. Look at it by --show {number}, and make it current by --promote {number}."
+    )
 
 
 def _to_be_tried_again(inputs: pa.Table) -> Iterator[str]:

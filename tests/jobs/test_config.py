@@ -170,7 +170,10 @@ def test_the_printed_configuration_is_one(
             ),
             (ExportConfig, "image_prefix"),
             (SubmitConfig, "stop"),
-            *((LabelConfig, name) for name in ("list", "show", "promote", "reviewed")),
+            *(
+                (LabelConfig, name)
+                for name in ("list", "show", "promote", "reviewed", "reviewed_empty")
+            ),
         )
     }
     arguments = as_arguments(class_, values)
