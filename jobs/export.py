@@ -5,8 +5,8 @@ JSON file; for `yolo-seg` and `semantic-png` a folder with a file for each image
 which says whose it is, and `names.csv` where an image's file needs another name than the image. With
 `--images` the images too, at `images/` there or beside the JSON file; exit code 3 where some cannot
 be read. Rows in error are left out, and counted. Rows are read 64 at a time and written as they come,
-so that memory does not grow with the table, but for 24 bytes an image where images become files, and
-for the names of all images with `--annotations`. One JSON file waits in a local temporary file until
+so that memory does not grow with the table, but for 24 bytes an image where images become files, 24
+where a version says what they held, and for the names of all images with `--annotations`. One JSON file waits in a local temporary file until
 it is whole, then is put at once (in parts of 64 MiB on S3).
 """
 
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from jobs import documents, image_files, join, json_files, tables
+from jobs import documents, image_files, join, json_files, tables, versions
 from jobs.config import ConfigError, ExportConfig
 from jobs.console import ImageProgress, facts, size
+from jobs.contents import Contents
 from jobs.detect import Input, objects_of
 from jobs.exported import Row, Survey, Tally, path_of, rows, suffix_of, survey
 from jobs.image_files import IMAGES
@@ -141,13 +142,19 @@ def _written(
             else ((number, row) for number, (_, row) in enumerate(numbered, start=1))
         )
         return json_files.write_results(with_ids, file)
-    some = renamed.watch(row for _, row in numbered)
+    some = renamed.watch(_with_contents(config, (row for _, row in numbered)))
     if config.to == "coco-instances":
         return json_files.write_instances(some, found.categories, file)
     assert config.image_prefix is not None
     model = tables.model(table.store, objects_of(table.objects)[0])
     version = f"segjobs {model[:12]}".strip()
     return json_files.write_tasks(some, config.image_prefix, version, file)
+
+
+def _with_contents(config: ExportConfig, some: Iterator[Row]) -> Iterator[Row]:
+    """Yield rows with the digests of their images, where the table is one of a version, which knows them."""
+    found = versions.find(config.predictions, config.endpoint_url)
+    return some if found is None else map(Contents(found[0]).noted, some)
 
 
 def _by_annotations(

@@ -86,7 +86,8 @@ def show_news(parent: Version | None, found: Input, new: News) -> None:
         [
             ("input", f"{found.objects.num_rows} objects ({found.format}): {found.store.uri}"),
             ("new", f"{objects.num_rows - len(new.changed)} objects"),
-            ("changed", f"{len(new.changed)} objects"),
+            ("changed", f"{len(new.changed) - len(new.again)} objects"),
+            *((("tried again", f"{len(new.again)} objects"),) if new.again else ()),
             ("to read", size(num_bytes)),
             *((("gone", f"{new.gone} labelled objects; their rows stay"),) if new.gone else ()),
             *(("note", note) for note in found.notes),

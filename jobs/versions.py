@@ -184,15 +184,17 @@ def promote(dataset: Store, number: int, facts: Mapping[str, Any]) -> None:
         )
 
 
-def reviews_left_out(dataset: Store, number: int) -> list[int]:
-    """Return the versions with reviewed labels that a version does not build upon."""
-    made = {n: load(dataset, n) for n in range(1, latest(dataset) + 1)}
+def left_behind(dataset: Store, number: int) -> list[Version]:
+    """Return the published versions that a version does not build upon: a promotion went back behind them."""
+    if next(iter(dataset.list_objects(PROMOTIONS)), None) is None:
+        return []
+    made = {one.number: one for one in load_all(dataset)}
     built_upon: set[int] = set()
     step: int | None = number
     while step is not None:
         built_upon.add(step)
         step = made[step].manifest.get("parent")
-    return [n for n, one in made.items() if one.manifest.get("reviewed") and n not in built_upon]
+    return [one for n, one in made.items() if n not in built_upon and not one.is_candidate]
 
 
 def publish(dataset: Store, number: int, manifest: Mapping[str, Any]) -> bool:

@@ -93,6 +93,7 @@ COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (PackConfig, "score_threshold"): {"predictions": "some text"},
     (TrainConfig, "scale_max"): {"scale_min": 0.25},
     (ExportConfig, "subset"): {"annotations": "some text"},
+    (LabelConfig, "reviewed_empty"): {"reviewed": "some text"},
     (ExportConfig, "image_prefix"): {"to": "labelstudio"},
     (ExportConfig, "images"): {"to": "yolo-seg"},
 }
@@ -170,7 +171,10 @@ def test_the_printed_configuration_is_one(
             ),
             *((ExportConfig, name) for name in ("image_prefix", "images")),
             (SubmitConfig, "stop"),
-            *((LabelConfig, name) for name in ("list", "show", "promote", "reviewed")),
+            *(
+                (LabelConfig, name)
+                for name in ("list", "show", "promote", "reviewed", "reviewed_empty")
+            ),
         )
     }
     arguments = as_arguments(class_, values)
