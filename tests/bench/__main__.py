@@ -43,6 +43,7 @@ PARTS = {
     "gpu": bench_gpu.gpu,
     "stages": bench_stages.stages,
     "whole": bench_whole.whole,
+    "equality": bench_whole.equality,
     "precision": bench_precision.precision,
     "decoding": bench_precision.decoding,
     "bookkeeping": bench_bookkeeping.bookkeeping,
