@@ -34,16 +34,21 @@ class Agreement:
     def wanted(self) -> int:
         return len(self.ious)
 
+    @property
+    def median_iou(self) -> float:
+        return float(np.median(self.ious)) if self.wanted else float("nan")
+
     def __str__(self) -> str:
         return (
             f"{self.equal} of {self.wanted} masks to the byte, {len(self.box_pixels)} paired, "
-            f"{self.found} found, median IoU {np.median(self.ious):.4f}"
+            f"{self.found} found, median IoU {self.median_iou:.4f}"
         )
 
     def figures(self) -> Iterator[tuple[str, float, str]]:
         """Yield measure, value and unit."""
-        yield "share paired one to one", len(self.box_pixels) / self.wanted, "share"
-        yield "median mask IoU, 0 where not paired", float(np.median(self.ious)), "IoU"
+        if self.wanted:
+            yield "share paired one to one", len(self.box_pixels) / self.wanted, "share"
+            yield "median mask IoU, 0 where not paired", self.median_iou, "IoU"
         if len(self.box_pixels):
             yield "median box difference", float(np.median(self.box_pixels)), "pixels"
             yield "largest box difference", float(self.box_pixels.max()), "pixels"
