@@ -91,7 +91,7 @@ def cases() -> tuple[Case, ...]:
             name="small, trained",
             bundle=partial(bundles.load, DEMO_BUNDLE),
             images=80,
-            few=40,
+            few=24,
             chunk_size=4,
             scene_hw=(256, 320),
             only_scenes=True,
