@@ -10,8 +10,12 @@ import pycocotools.mask as coco_mask
 
 # Values of the `detections` column: category_id, score, bbox (xywh) and segmentation count here.
 Detections = Sequence[Mapping[str, Any]]
+# What was found in an image, and what was wanted.
+Pair = tuple[Detections, Detections]
 # What overlaps less is another thing that was found, not the same one seen otherwise.
 LEAST_IOU = 0.5
+# Lower scores are where roundings decide what is kept at all.
+SURE_SCORE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,13 @@ class Agreement:
             yield "largest box difference", float(self.box_pixels.max()), "pixels"
 
 
-def compare(pairs: Sequence[tuple[Detections, Detections]]) -> Agreement:
-    """Pair the detections of each image, which is given as what was found and what was wanted.
+def sure(pairs: Sequence[Pair]) -> list[Pair]:
+    """Leave out of what was wanted whatever scores low."""
+    return [(some, [one for one in wanted if one["score"] >= SURE_SCORE]) for some, wanted in pairs]
+
+
+def compare(pairs: Sequence[Pair]) -> Agreement:
+    """Pair the detections of each image.
 
     Within a class each of what was found takes, best score first, the free one of what was wanted whose
     mask overlaps most, and among equals the one with the best score.

@@ -1,7 +1,7 @@
 import numpy as np
 import pycocotools.mask as coco_mask
 
-from tests.bench.agreement import compare
+from tests.bench.agreement import compare, sure
 
 
 def _found(category: int, score: float, x: int, side: int = 10) -> dict[str, object]:
@@ -46,3 +46,10 @@ def test_the_best_overlap_is_taken_and_measured_by_its_worst_edge():
     found = compare([([_found(1, 0.9, 20)], wanted)])
     assert found.box_pixels.tolist() == [1.0]
     assert sorted(found.ious.tolist()) == [0.0, 90 / 110]
+
+
+def test_where_scores_are_low_nothing_is_wanted():
+    wanted = [_found(1, 0.9, 16), _found(1, 0.4, 30)]
+    found = compare(sure([([_found(1, 0.45, 16)], wanted)]))
+    assert (found.found, found.wanted, found.equal) == (1, 1, 1)
+    assert not list(compare(sure([([], [_found(1, 0.4, 16)])])).figures())
