@@ -31,6 +31,8 @@ from segmodel.settings import Decode, InferencePrecision, network_size
 DECODED_AHEAD = 2
 # What no image takes that is worth having; on two CPUs, an image of 89 megapixels takes 20 s.
 IMAGE_TIMEOUT_S = 300.0
+# Its sides, scaled, are no multiples of 32, as those of most photos: kernels differ in that.
+HARMLESS = np.zeros((32, 45, 3), np.uint8)
 # Threads of an actor beside a GPU, at most: each holds decoded images, and no network has needed more (an H100 with
 # 16 CPUs).
 MOST_THREADS = 16
@@ -130,6 +132,9 @@ class Predict:
             masks=model.masks,
             compiled=model.compiled,
         )
+        if not pool.gpus_per_actor:
+            # What numba makes of the CPU's kernels, or finds on disk, is part of loading, not of an image.
+            predictor.predict([HARMLESS])
         predictor.on_batch = partial(self._metrics.observe, "segjobs_batch_images")
         return predictor
 
@@ -172,7 +177,7 @@ class Predict:
 
     def try_out(self) -> None:
         """Load the model and run it once, on a picture that harms nobody."""
-        self.predictor.predict([np.zeros((32, 32, 3), np.uint8)])
+        self.predictor.predict([HARMLESS])
 
     def _predict(self, block: pa.Table) -> pa.Table:
         started = time.perf_counter()

@@ -8,7 +8,7 @@ base name.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -87,11 +87,12 @@ def parse(data: bytes, uri: str) -> Annotations:
             raise PackError("not a COCO instances file: it is no JSON object")
         categories = coco.categories(file)
         rows = coco.rows(file)
-        notes = _refuse_bare(file)
         parts = []
         while some := list(islice(rows, ROWS_AT_A_TIME)):
             parts.append(pa.Table.from_pylist(some, PREDICTIONS))
-    except (ValueError, OverflowError) as error:
+        # Behind `rows`, which checks the records.
+        notes = _refuse_bare(file["annotations"])
+    except ValueError as error:
         raise PackError(f"{uri}: {error}") from error
     if not parts:
         raise PackError(f"{uri}: it has no images")
@@ -105,13 +106,12 @@ def parse(data: bytes, uri: str) -> Annotations:
     )
 
 
-def _refuse_bare(file: Mapping[str, Any]) -> tuple[str, ...]:
+def _refuse_bare(annotations: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Refuse annotations without a mask among others that have one; say where none has.
 
     Raises:
         PackError: There are some: neither training nor evaluating could do anything with the set.
     """
-    annotations = file.get("annotations") or []
     bare = [one["id"] for one in annotations if not one.get("segmentation")]
     if not bare:
         return ()

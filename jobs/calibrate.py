@@ -18,6 +18,7 @@ from jobs.pipeline import CHUNKS_IN_ACTOR, CPU_ACTOR_CPUS
 from jobs.plan import Plan, PlanError
 from jobs.read import Source, read_chunk
 from jobs.sizing import Rates
+from segmodel import masks
 from segmodel.schema import PREDICTIONS
 
 # Places of the input that images are taken from, so that one odd shard does not stand for all.
@@ -52,6 +53,7 @@ class Measured:
     def measure(self, warm_up: pa.Table, blocks: Sequence[pa.Table]) -> Sample:
         """Segment sealed chunks, as many at a time as in the pipeline."""
         self._predict.try_out()
+        masks.warm_up()
         unseal(self._predict(warm_up))
         with ThreadPoolExecutor(CHUNKS_IN_ACTOR) as threads:
             started = time.perf_counter()

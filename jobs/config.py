@@ -267,11 +267,18 @@ class ExportConfig:
         "s3://bucket/photos or /data/local-files/?d=photos",
         None,
     )
+    images: str | None = option(
+        "write the images too, to images/ in the folder or beside the JSON file: where they are, what the table "
+        "was made of, or the version or packed set itself, which holds them",
+        None,
+    )
     overwrite: bool = option("replace what is at the output already", False)  # noqa: FBT003
     endpoint_url: str | None = option(ENDPOINT_HELP, None)
 
     def __post_init__(self) -> None:
         check("score_threshold", self.score_threshold, lambda v: 0 <= v <= 1, "from 0 to 1")
+        if self.images is not None and self.to == "coco-results":
+            raise ConfigError("--to coco-results names no image files: leave --images out")
         if self.annotations is not None and self.to != "coco-results":
             raise ConfigError("--annotations is of --to coco-results alone: leave it out")
         if self.subset and self.annotations is None:

@@ -180,6 +180,8 @@ class TrainingProgress:
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
         self._logged = -math.inf
+        # Share and time of the first step, or of one that went on from further back.
+        self._first = (math.inf, 0.0)
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -239,4 +241,17 @@ class TrainingProgress:
             self._bar.update(self._task, completed=point["share"], description=words)
         elif time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
-            tell(f"{100 * point['share']:.0f} %, {words}", "progress", **point)
+            told = dict(point)
+            left_s = self._seconds_left(point["share"])
+            if left_s is not None:
+                told["seconds_left"] = round(left_s)
+                words += f", {duration(left_s)} left"
+            tell(f"{100 * point['share']:.0f} %, {words}", "progress", **told)
+
+    def _seconds_left(self, share: float) -> float | None:
+        """Return what the rest takes at the pace so far, evaluations included; None where there is none."""
+        first, started = self._first
+        if share <= first:
+            self._first = (share, self._logged)
+            return None
+        return (1 - share) * (self._logged - started) / (share - first)

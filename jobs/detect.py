@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
@@ -50,6 +50,7 @@ class Input:
         objects: Its shards, manifests or images: a table of `OBJECTS`, sorted by path.
         notes: What a person should know.
         place: Of the store, where a person names it by that and objects lie elsewhere.
+        categories: `{"id", "name"}` of each, where a version says which there are, used or not.
     """
 
     store: Store
@@ -58,6 +59,7 @@ class Input:
     objects: pa.Table
     notes: tuple[str, ...]
     place: str = ""
+    categories: tuple[Mapping[str, Any], ...] = ()
 
     def digest(self) -> str:
         """Return a digest over paths, sizes and etags."""
@@ -178,6 +180,11 @@ def _kind(path: str) -> str:
     if kind == "parquet" and any(folder.startswith("_") for folder in folders):
         return ""
     return kind
+
+
+def is_shard(path: str) -> bool:
+    """Say whether a name speaks for a file that holds images, and not for a folder of them."""
+    return _kind(path) in ("webdataset", "parquet")
 
 
 def holds_images(kind: pa.DataType) -> bool:

@@ -103,8 +103,11 @@ def encode_and_write(
 def _encode_and_write(
     block: pa.Table, output: Store, categories: Mapping[int, Category], footer: Mapping[str, str]
 ) -> pa.Table:
-    started = time.perf_counter()
     sealed = unseal(block)
+    if sealed.table["mask_probs"].null_count < sealed.table.num_rows:
+        # In a new process that takes a while, which is not what encoding takes.
+        masks.warm_up()
+    started = time.perf_counter()
     rows = pa.Table.from_pylist(
         [prediction(raw, categories) for raw in sealed.table.to_pylist()], schema=PREDICTIONS
     )

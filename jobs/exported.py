@@ -1,20 +1,22 @@
 """What is exported: the rows of a table one after another, its categories, and names for its images."""
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from jobs import documents, tables
-from jobs.detect import Input, InputError, objects_of
+from jobs.detect import Input, InputError, is_shard, objects_of
 from jobs.index import id_digest
 from jobs.safe_names import safe_name, safe_path
 from jobs.write import MANIFEST
 
 Row: TypeAlias = dict[str, Any]
+UInt64: TypeAlias = npt.NDArray[np.uint64]
 
 COLUMNS = ("image_id", "shard", "key", "height", "width", "status", "detections")
 # Rows that are dictionaries at once: with 100 detections each, some 10 MB.
@@ -34,6 +36,10 @@ class Tally:
         others: Rows of images that the annotations do not have, left out.
         below: Detections left out: they score lower than asked for.
         handed: Detections that the format was to hold.
+        renamed: Images whose files need another name.
+        inside: Images that lie inside of a shard, where other tools do not find them.
+        unwritten: Images that were to be written and cannot be read.
+        why: Of the first of those.
     """
 
     images: int = 0
@@ -42,6 +48,10 @@ class Tally:
     others: int = 0
     below: int = 0
     handed: int = 0
+    renamed: int = 0
+    inside: int = 0
+    unwritten: int = 0
+    why: str = ""
 
     @property
     def empty(self) -> int:
@@ -55,9 +65,10 @@ class Survey:
 
     Attributes:
         num_rows: Of the table.
-        categories: `{"id", "name"}` of each, by id: those of the manifest, used or not, and those of
-            detections.
-        shared: Digests of paths without suffix that more than one image has.
+        categories: `{"id", "name"}` of each, by id: those of the job's manifest or of the version, used or
+            not, and those of detections.
+        shared: Digests of paths without suffix that cannot name a file: more than one image has them, or they
+            are the whole path of an image that keeps its suffix for that.
     """
 
     num_rows: int
@@ -67,11 +78,11 @@ class Survey:
     def name(self, row: Mapping[str, Any]) -> str:
         """Return the name of an image's file, with folders, without suffix.
 
-        It is the image's path (shard and key) as `safe_names` writes it, without its suffix, as tools
-        find the file of an image. Images that differ in the suffix alone keep it, and a slash in their
-        key is `%2F` then, so that it also tells apart what else has the same path.
+        It is the image's path (shard and key) without its suffix, as tools find the file of an image,
+        changed as little as `safe_names` can. Images that differ in the suffix alone keep it, and a slash in
+        their key is `%2F` then, so that it also tells apart what else has the same path.
         """
-        path = _path(row)
+        path = path_of(row)
         if id_digest(_stem(path)) not in self.shared:
             return safe_path(_stem(path))
         key = safe_name(row["key"])
@@ -81,15 +92,15 @@ class Survey:
 def survey(table: Input, *, names: bool) -> Survey:
     """Read the categories of a table, and the names of its images where they become files.
 
-    Memory: 16 bytes for each image where there are names, else nothing that grows with the table.
+    Memory: 24 bytes for each image where there are names, else nothing that grows with the table.
 
     Raises:
         InputError: Two rows are of the same image, or two names of the same category.
     """
-    found = {int(one["id"]): str(one["name"]) for one in _of_manifest(table)}
+    found = {int(one["id"]): str(one["name"]) for one in _known(table)}
     columns = ["image_id", "detections.category_id", "detections.category"]
     num_rows = 0
-    ids, stems = array("Q"), array("Q")
+    ids, stems, paths = array("Q"), array("Q"), array("Q")
     for batch in tables.scan(
         table.store,
         objects_of(table.objects),
@@ -102,8 +113,9 @@ def survey(table: Input, *, names: bool) -> Survey:
             ok = batch.select(["image_id", "shard", "key", "status"]).to_pylist()
             ok = [row for row in ok if row["status"] == "ok"]
             ids.extend(id_digest(row["image_id"]) for row in ok)
-            stems.extend(id_digest(_stem(_path(row))) for row in ok)
-    if twice := _repeated(ids):
+            stems.extend(id_digest(_stem(path_of(row))) for row in ok)
+            paths.extend(id_digest(path_of(row)) for row in ok)
+    if twice := _repeated(np.asarray(ids, np.uint64)):
         raise InputError(
             f"{len(twice)} images have more than one row in {table.store.uri}: export the output of "
             "one job at a time"
@@ -111,7 +123,7 @@ def survey(table: Input, *, names: bool) -> Survey:
     return Survey(
         num_rows=num_rows,
         categories=tuple({"id": number, "name": found[number]} for number in sorted(found)),
-        shared=_repeated(stems),
+        shared=_shared(np.asarray(stems, np.uint64), np.asarray(paths, np.uint64)),
     )
 
 
@@ -141,10 +153,22 @@ def rows(
                     f"image {row['image_id']!r} has boxes without masks (`predict --tasks boxes`): "
                     "export it to coco-results or coco-instances, or predict masks"
                 )
+            tally.inside += is_shard(row["shard"])
             kept = [one for one in row["detections"] if _scores(one, score_threshold)]
             tally.below += len(row["detections"]) - len(kept)
             tally.handed += len(kept)
             yield number, {**row, "detections": kept}
+
+
+def path_of(row: Mapping[str, Any]) -> str:
+    """Return the path of an image: shard and key."""
+    return f"{row['shard']}/{row['key']}" if row["shard"] else str(row["key"])
+
+
+def suffix_of(row: Mapping[str, Any]) -> str:
+    """Return the suffix of an image's path, with its dot; empty where it has none."""
+    path = path_of(row)
+    return path[len(_stem(path)) :]
 
 
 def _scores(detection: Mapping[str, Any], threshold: float | None) -> bool:
@@ -153,9 +177,12 @@ def _scores(detection: Mapping[str, Any], threshold: float | None) -> bool:
     return threshold is None or score is None or score >= float(np.float32(threshold))
 
 
-def _of_manifest(table: Input) -> list[Mapping[str, Any]]:
+def _known(table: Input) -> Sequence[Mapping[str, Any]]:
+    """Return the categories that there are, used or not, so that their order stays from table to table."""
+    if table.categories:
+        return table.categories
     if table.store.info(MANIFEST) is None:
-        return []
+        return ()
     manifest = documents.read(table.store, MANIFEST, made_by_us=False)
     return list(manifest.get("categories", ()))
 
@@ -170,13 +197,20 @@ def _add_categories(found: dict[int, str], detections: Any, table: Input) -> Non
             )
 
 
-def _repeated(digests: "array[int]") -> frozenset[int]:
-    values, times = np.unique(np.asarray(digests, np.uint64), return_counts=True)
+def _repeated(digests: UInt64) -> frozenset[int]:
+    values, times = np.unique(digests, return_counts=True)
     return frozenset(values[times > 1].tolist())
 
 
-def _path(row: Mapping[str, Any]) -> str:
-    return f"{row['shard']}/{row['key']}" if row["shard"] else str(row["key"])
+def _shared(stems: UInt64, paths: UInt64) -> frozenset[int]:
+    """Return the digests of `Survey.shared`; `a.jpg` and `a.png` keep their suffix, then so does `a.jpg.png`."""
+    found = np.array(sorted(_repeated(stems)), np.uint64)
+    while True:
+        whole = paths[np.isin(stems, found)]
+        more = np.union1d(found, np.intersect1d(whole, stems))
+        if len(more) == len(found):
+            return frozenset(found.tolist())
+        found = more
 
 
 def _stem(path: str) -> str:

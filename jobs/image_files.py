@@ -1,26 +1,36 @@
-"""Exports that are a folder with a file for each image: YOLO's polygons, and class maps."""
+"""Exports that have a file for each image: YOLO's polygons, class maps, and the images themselves."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 
-from jobs.detect import InputError
+from jobs import tables
+from jobs.detect import Input, InputError, objects_of
+from jobs.exported import suffix_of
+from jobs.pictures import Images, Picture, Wanted, fetch
 from jobs.store import Store
+from jobs.tar import IMAGE_SUFFIXES
 from segmodel import class_map
+from segmodel.images import ImageError, format_of
 from segmodel.polygons import outline
 
 Row: TypeAlias = Mapping[str, Any]
 Categories: TypeAlias = Sequence[Mapping[str, Any]]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
-LABELS, MASKS = "labels", "masks"
+LABELS, MASKS, IMAGES = "labels", "masks", "images"
 DATA, LEGEND = "data.yaml", "legend.json"
 HEADS = (DATA, LEGEND)
 # Files are put side by side, since a put mostly waits; so many rows are held at once.
 THREADS = 16
+
+# Rows whose images are looked for at once: shards without a plan are indexed for each lot of them.
+WANTED_AT_ONCE = 1024
 
 # Of a side: 0.004 pixels of 4,000.
 _DECIMALS = 6
@@ -78,6 +88,54 @@ def write_class_maps(
     yield from _in_threads(put, rows)
 
 
+def write_images(
+    table: Input, images: Images, file_of: Callable[[Row, bytes], str], output: Store
+) -> Iterator[str | None]:
+    """Write images, and yield for each row that is not in error why its image could not be written, else None.
+
+    Args:
+        table: Whose images.
+        images: Where they are.
+        file_of: Returns an image's path in `output`, given its shard, its key and its bytes.
+        output: The folder of the images alone.
+    """
+    rows = _wanted(table)
+    while some := list(islice(rows, WANTED_AT_ONCE)):
+        by_number = {one.row: {"shard": one.shard, "key": one.key} for one in some}
+
+        def put(picture: Picture, rows: Mapping[int, Row] = by_number) -> str | None:
+            if picture.data is None:
+                return picture.error
+            row = rows[picture.row]
+            output.put(file_of(row, picture.data), picture.data)
+            return None
+
+        yield from _in_threads(put, fetch(some, images))
+
+
+def image_suffix(row: Row, data: bytes) -> str:
+    """Return the suffix of an image's file: its own, or that of its content where its own says nothing."""
+    own = suffix_of(row)
+    if own.lower() in IMAGE_SUFFIXES:
+        return own
+    try:
+        return f".{format_of(data)}"
+    except ImageError:
+        return own
+
+
+def _wanted(table: Input) -> Iterator[Wanted]:
+    number = 0
+    for info in objects_of(table.objects):
+        position = 0
+        columns = (*tables.NAMES, "status")
+        for batch in tables.scan(table.store, [info], columns, WANTED_AT_ONCE):
+            for row in batch.to_pylist():
+                if row.pop("status") == "ok":
+                    yield Wanted(row=number, path=info.path, position=position, **row)
+                number, position = number + 1, position + 1
+
+
 def _line(detection: Row, classes: Mapping[int, int]) -> str:
     height, width = detection["segmentation"]["size"]
     points = (outline(detection["segmentation"]) / (width, height)).ravel().tolist()
@@ -97,8 +155,8 @@ def _legend(categories: Categories) -> bytes:
     return json.dumps(legend, indent=2, ensure_ascii=False).encode()
 
 
-def _in_threads(put: Callable[[Row], int], rows: Iterable[Row]) -> Iterator[int]:
-    some = iter(rows)
+def _in_threads(put: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
+    some = iter(items)
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(some, 4 * THREADS)):
             yield from pool.map(put, batch)

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from jobs import contents
 from jobs.detect import InputError
 from segmodel import coco, rle
 
@@ -75,7 +76,7 @@ def write_instances(
         annotations = List(aside)
         for number, row in enumerate(rows, start=1):
             made = coco.instances([row], categories, {row["image_id"]: number})
-            images.add(made["images"][0])
+            images.add(made["images"][0] | _content(row))
             for annotation in made["annotations"]:
                 num_annotations += 1
                 annotations.add({**annotation, "id": num_annotations})
@@ -113,12 +114,17 @@ def write_tasks(
             if one["area"] > 0
         ]
         data = {"image": image_url(row, image_prefix)}
-        data |= {name: row[name] for name in ("image_id", "shard", "key")}
+        data |= {name: row[name] for name in ("image_id", "shard", "key")} | _content(row)
         tasks.add(
             {"data": data, "predictions": [{"model_version": model_version, "result": regions}]}
         )
         yield len(regions)
     tasks.end()
+
+
+def _content(row: Row) -> dict[str, str]:
+    """Return what tells an image from any other of its name, where that is known."""
+    return {contents.FIELD: row[contents.FIELD]} if row.get(contents.FIELD) else {}
 
 
 def image_url(row: Row, prefix: str) -> str:

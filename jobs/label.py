@@ -3,7 +3,8 @@
 Input: whatever `predict` reads; shards and images that no parent version has labelled are predicted, by that
 verb, and a policy sorts what it found. Output: `versions/<n>/`, with labels to train on, a queue for people and
 what was rejected, published by one conditional put. Run it as often as you like: a run that was missed or killed
-is made good by the next. Exit codes: 0 published, or nothing was new; 4 published as a candidate.
+is made good by the next. Exit codes: 0 published, or nothing was new; 4 (or `--held-exit-code`) published as a
+candidate, or a version that was rolled back would be made again.
 """
 
 import uuid
@@ -56,8 +57,9 @@ def run(config: LabelConfig) -> int:
 def _promote(dataset: Store, number: int) -> None:
     versions.promote(dataset, number, stamp())
     console.print(f"Version {number} of {dataset.uri} is current now.")
-    if left := versions.reviews_left_out(dataset, number):
-        numbers = ", ".join(str(number) for number in left)
+    behind = versions.left_behind(dataset, number)
+    if left := [str(one.number) for one in behind if one.manifest.get("reviewed")]:
+        numbers = ", ".join(left)
         console.print(
             f"It does not build upon reviewed labels of version {numbers}: import their files again by "
             "--reviewed, or promote that version."

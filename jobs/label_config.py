@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jobs.config import ConfigError, option
+from jobs.config import ConfigError, check, option
 from jobs.detect import Format
 from segmodel.images import MAX_PIXELS
 from segmodel.settings import InferencePrecision
@@ -21,9 +21,14 @@ class LabelConfig:
         "YAML file that says which detections become labels; see the README", None
     )
     max_drift: float | None = option(
-        "publish as a candidate only (exit code 4) where a distribution has moved further than this "
+        "publish as a candidate only (exit code of --held-exit-code) where a distribution has moved further than this "
         "Jensen-Shannon distance, 0 to 1, and further than chance",
         None,
+    )
+    held_exit_code: int = option(
+        "exit code where somebody has to look: at a candidate, or at a version that was rolled back; 0 for "
+        "schedulers that would run a failed job again",
+        4,
     )
     list: bool = option("show the versions, and do nothing", False)  # noqa: FBT003
     show: int | None = option("show a version, and do nothing", None)
@@ -36,9 +41,13 @@ class LabelConfig:
         "make a version (a candidate, or an older one) current until the next is published", None
     )
     reviewed: str | None = option(
-        "COCO instances file of images that people went over: publish a version with their labels in the "
-        "place of the machine's",
+        "COCO instances file, or Label Studio's JSON, of images that people went over: publish a version with "
+        "their labels in the place of the machine's",
         None,
+    )
+    reviewed_empty: bool = option(
+        "take a reviewed file without any label, too, of images that have some",
+        False,  # noqa: FBT003
     )
     format: Format = option("how the input is read; auto looks and says what it chose", "auto")
     precision: InferencePrecision = option("arithmetic; see `segjobs predict --help`", "auto")
@@ -61,15 +70,15 @@ class LabelConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.max_drift is not None and not 0 <= self.max_drift <= 1:
-            raise ConfigError(f"--max-drift must be from 0 to 1, not {self.max_drift}")
+        check("max_drift", self.max_drift, lambda v: 0 <= v <= 1, "from 0 to 1")
+        check("held_exit_code", self.held_exit_code, lambda v: 0 <= v <= 255, "from 0 to 255")
         for name in ("show", "promote", "chunk_size", "max_pixels", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
+            check(name, getattr(self, name), lambda v: v >= 1, "1 or more")
         others = self.others
         if len(others) > 1:
             raise ConfigError(f"{' and '.join(others)} exclude one another: give one")
+        if self.reviewed_empty and self.reviewed is None:
+            raise ConfigError("--reviewed-empty is of --reviewed alone: leave it out")
         wanted = ("input",) if self.dry_run else () if others else _LABELS
         missing = [f"--{name}" for name in wanted if getattr(self, name) is None]
         if missing:

@@ -44,35 +44,37 @@ def show_all(dataset: Store) -> None:
 
 def show(version: Version) -> None:
     """Print what a version is."""
+    facts(f"Version {version.number}, {version.manifest['status']}", facts_of(version))
+
+
+def facts_of(version: Version) -> list[tuple[str, str]]:
+    """Return names and values of what a version says of itself."""
     manifest = version.manifest
     new, total = manifest["counts"]["new"], manifest["counts"]["all"]
     model = manifest["model"]
-    facts(
-        f"Version {version.number}, {manifest['status']}",
-        [
-            ("parent", f"{manifest['parent'] or 'none'}"),
-            ("made", manifest["created_at"]),
-            ("input", manifest["input"]),
-            ("labelled by", f"{model['uri']} ({model['digest'][:12]})" if model else "people"),
-            (
-                "new images",
-                f"{new['images']}, {new['replaced']} of them replace rows of the parent",
-            ),
-            ("  accepted", f"{new[ACCEPTED]} with {new['labels'][ACCEPTED]} labels"),
-            (
-                "  to review",
-                f"{new[REVIEW]} with {new['labels'][REVIEW]}, and {new['audit']} to audit",
-            ),
-            ("  rejected", f"{new[REJECTED]}; {new['labels'][REJECTED]} detections"),
-            *((f"    {name}", f"{number}") for name, number in new["reasons"].items()),
-            *_corrections(manifest),
-            ("all images", f"{total[ACCEPTED]['rows']} with {total[ACCEPTED]['labels']} labels"),
-            ("all to review", f"{total[REVIEW]['rows']}"),
-            *_drift(manifest),
-            *(("note", note) for note in manifest["notes"]),
-            ("rows", version.store.url(f"{versions.folder(version.number)}")),
-        ],
-    )
+    return [
+        ("parent", f"{manifest['parent'] or 'none'}"),
+        ("made", manifest["created_at"]),
+        ("input", manifest["input"]),
+        ("labelled by", f"{model['uri']} ({model['digest'][:12]})" if model else "people"),
+        (
+            "new images",
+            f"{new['images']}, {new['replaced']} of them replace rows of the parent",
+        ),
+        ("  accepted", f"{new[ACCEPTED]} with {new['labels'][ACCEPTED]} labels"),
+        (
+            "  to review",
+            f"{new[REVIEW]} with {new['labels'][REVIEW]}, and {new['audit']} to audit",
+        ),
+        ("  rejected", f"{new[REJECTED]}; {new['labels'][REJECTED]} detections"),
+        *((f"    {name}", f"{number}") for name, number in new["reasons"].items()),
+        *_corrections(manifest),
+        ("all images", f"{total[ACCEPTED]['rows']} with {total[ACCEPTED]['labels']} labels"),
+        ("all to review", f"{total[REVIEW]['rows']}"),
+        *_drift(manifest),
+        *(("note", note) for note in manifest["notes"]),
+        ("rows", version.store.url(f"{versions.folder(version.number)}")),
+    ]
 
 
 def show_news(parent: Version | None, found: Input, new: News) -> None:
@@ -84,7 +86,8 @@ def show_news(parent: Version | None, found: Input, new: News) -> None:
         [
             ("input", f"{found.objects.num_rows} objects ({found.format}): {found.store.uri}"),
             ("new", f"{objects.num_rows - len(new.changed)} objects"),
-            ("changed", f"{len(new.changed)} objects"),
+            ("changed", f"{len(new.changed) - len(new.again)} objects"),
+            *((("tried again", f"{len(new.again)} objects"),) if new.again else ()),
             ("to read", size(num_bytes)),
             *((("gone", f"{new.gone} labelled objects; their rows stay"),) if new.gone else ()),
             *(("note", note) for note in found.notes),

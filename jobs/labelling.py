@@ -5,7 +5,7 @@ whoever runs next, and two at once share one ledger. So does the folder in which
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,6 @@ from segmodel.bundle import Bundle
 from segmodel.policy import Policy
 
 WORK = "work"
-DRIFTED = 4
 DIGITS = 16
 
 _REPLACED = pa.schema([("image_id", pa.string())])
@@ -101,7 +100,9 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
         return _nothing_new(base, 0)
     rules = rules_of(config, base)
     if (candidate := waiting(config, base, rules)) is not None:
-        return _still_waiting(base, candidate)
+        return _held(config, _still_waiting(base, candidate))
+    if (refused := rolled_back(base, rules)) is not None:
+        return _held(config, _would_undo(base, refused))
     label_view.show_news(base.parent, base.found, base.news)
     began = begun(config, base, rules)
     if began is not None:
@@ -192,13 +193,43 @@ def waiting(config: LabelConfig, base: Base, rules: Rules) -> Version | None:
     return None if version_facts.passes(candidate, config.max_drift) else candidate
 
 
-def _still_waiting(base: Base, candidate: Version) -> int:
+def _held(config: LabelConfig, why: str) -> int:
+    """Say that somebody has to look, in words that a log is searched for; return the exit code."""
+    console.print(f"ALERT: {why}", markup=False)
+    return config.held_exit_code
+
+
+def _still_waiting(base: Base, candidate: Version) -> str:
     number = candidate.number
-    console.print(
+    return (
         f"Nothing is new at {base.found.store.uri} since the candidate {number}, which waits: look at it by "
         f"--show {number}, and make it current by --promote {number}. Nothing was published."
     )
-    return DRIFTED
+
+
+def rolled_back(base: Base, rules: Rules) -> Version | None:
+    """Return a version that was rolled back and whose labels this run would make again, or None.
+
+    That is one of the same model and policy that has some of the objects that are to be labelled.
+    """
+    if base.parent is None:
+        return None
+    same = rules.bundle.digest, policy.digest(rules.policy)
+    for other in versions.left_behind(base.dataset, base.parent.number):
+        model = other.manifest["model"] or {}
+        is_same = (model.get("digest"), other.manifest["policy_digest"]) == same
+        if is_same and novelty.shares(base.news.objects, other.inputs):
+            return other
+    return None
+
+
+def _would_undo(base: Base, refused: Version) -> str:
+    number = refused.number
+    return (
+        f"Version {number} was rolled back, and this run would label its images by the same model and policy "
+        f"again. Give another --policy or --model, take its images out of {base.found.store.uri}, or make it "
+        f"current again by --promote {number}. Nothing was published."
+    )
 
 
 def begun(config: LabelConfig, base: Base, rules: Rules) -> Base | None:
@@ -217,8 +248,7 @@ def begun(config: LabelConfig, base: Base, rules: Rules) -> Base | None:
             continue
         objects = versions.read_table(work, f"{PLAN_FOLDER}/{planned.plan_id}/objects.parquet")
         if novelty.holds(base.news.objects, objects):
-            changed = base.news.changed & set(objects["path"].to_pylist())
-            return replace(base, news=replace(base.news, objects=objects, changed=changed))
+            return replace(base, news=novelty.some_of(base.news, objects))
     return None
 
 
@@ -271,6 +301,7 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
     before = LISTING.empty_table() if base.parent is None else base.parent.objects
     kept, taken = sorting.replace_rows(before, replaced, stage)
     objects = pa.concat_tables([kept, sorting.listed(stage, [*taken.objects, *new.objects])])
+    inputs = novelty.inputs(base.parent, base.news.objects, new.unsettled)
     manifest = {
         **version_facts.made(base.parent, new, taken, objects, config.max_drift),
         "input": base.found.store.uri,
@@ -280,14 +311,30 @@ def _publish(config: LabelConfig, base: Base, rules: Rules, planned: Plan) -> in
         "policy_digest": policy_digest,
         "work": rules.digest,
         "categories": merged_categories(base.parent, rules.bundle, rules.model),
-        "notes": list(planned.notes),
+        "notes": [*planned.notes, *_to_be_tried_again(inputs)],
     }
-    inputs = novelty.inputs(base.parent, base.news.objects)
     if not put(stage, base.number, manifest, objects, inputs):
         return None
     _tidy(base)
     label_view.show(versions.load(base.dataset, base.number))
-    return DRIFTED if manifest["exceeded"] else 0
+    return _held(config, _drifted(base.number, manifest)) if manifest["exceeded"] else 0
+
+
+def _drifted(number: int, manifest: Mapping[str, Any]) -> str:
+    moved = " and ".join(name.replace("_", " ") for name in manifest["exceeded"])
+    return (
+        f"Version {number} is a candidate only, and nobody reads it: {moved} moved further than --max-drift "
+        f"{manifest['max_drift']:g}. Look at it by --show {number}, and make it current by --promote {number}."
+    )
+
+
+def _to_be_tried_again(inputs: pa.Table) -> Iterator[str]:
+    tries = inputs["tries"].to_numpy()
+    if number := int(((tries > 0) & (tries < novelty.MAX_TRIES)).sum()):
+        yield (
+            f"{number} objects have images in error for what may pass: the next run tries them again, up to "
+            f"{novelty.MAX_TRIES} times in all"
+        )
 
 
 def merged_categories(parent: Version | None, bundle: Bundle, model: str) -> list[dict[str, Any]]:

@@ -2,23 +2,25 @@
 
 A shard that changed may hold images that did not: those are read once more, and compared by a digest with what
 was labelled, but not labelled again. The driver holds 24 bytes for each labelled image of shards that changed.
+
+An object with an image that met an error which may pass (it was gone for a moment, its process was killed) is
+tried again by the next runs, a few times, although its etag is the same: of it only what has no label.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
-from jobs import chunks
+from jobs import chunks, contents
 from jobs.chunks import Chunk
-from jobs.detect import FOOTER_WINDOW, OBJECTS, Input, objects_of
-from jobs.index import id_digest
+from jobs.contents import Known, content_digest
+from jobs.detect import OBJECTS, Input, objects_of
 from jobs.plan import Plan
 from jobs.read import Source, read_chunk, read_names
 from jobs.store import ObjectInfo, Store
@@ -27,17 +29,13 @@ from jobs.versions import CONTENTS, Version
 
 Bool: TypeAlias = npt.NDArray[np.bool_]
 
-DIGEST_BYTES = 16
-# Of each labelled image: the object of the input that it came from, and a digest of its bytes, which is empty
-# where there were none. In files of their own, so that rows stay in the one schema.
-CONTENT = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("object", pa.string(), nullable=False),
-        pa.field("digest", pa.binary(), nullable=False),
-    ]
-)
-_KNOWN = np.dtype([("image", np.uint64), ("digest", f"V{DIGEST_BYTES}")])
+
+# Kinds of errors that another night may not have. What an image's own bytes are to blame for stays.
+MAY_PASS = frozenset({"missing", "changed", "memory", "crashed", "hung", "failed", "shard"})
+# Versions that such an object is labelled in: a shard may be damaged for good, an image crash its process always.
+MAX_TRIES = 3
+# What a version says of the labelled input: how often objects were tried that are to be tried again, else 0.
+INPUTS = OBJECTS.append(pa.field("tries", pa.int64()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +44,14 @@ class News:
 
     Attributes:
         objects: New and changed ones: a table of `detect.OBJECTS`.
-        changed: Paths of those that were there with another etag.
+        changed: Paths of those that were there, with another etag or an error that may pass.
+        again: Paths of those of them that have the same etag.
         gone: Labelled objects that are not there any more; their rows stay.
     """
 
     objects: pa.Table
     changed: frozenset[str]
+    again: frozenset[str]
     gone: int
 
 
@@ -61,7 +61,7 @@ class Compared:
 
     Attributes:
         planned: The plan, or None where nothing is left.
-        replaced: Ids of its images that have a row, of another content.
+        replaced: Ids of rows that leave: of its images whose content is another, and of errors in changed objects.
         same: Images that were left out.
     """
 
@@ -73,27 +73,72 @@ class Compared:
 def news(found: Input, parent: Version | None) -> News:
     """Compare a listing with what a version has labelled."""
     if parent is None:
-        return News(objects=found.objects, changed=frozenset(), gone=0)
-    before = parent.inputs
-    is_old = pc.is_in(_whole(found.objects), _whole(before))
-    objects = found.objects.filter(pc.invert(is_old))
-    changed = objects.filter(pc.is_in(objects["path"], before["path"]))["path"].to_pylist()
+        nothing = frozenset[str]()
+        return News(objects=found.objects, changed=nothing, again=nothing, gone=0)
+    before = _inputs(parent)
+    tries = before["tries"]
+    done = before.filter(pc.or_(pc.equal(tries, 0), pc.greater_equal(tries, MAX_TRIES)))
+    objects = found.objects.filter(pc.invert(pc.is_in(_whole(found.objects), _whole(done))))
+    changed = objects.filter(pc.is_in(objects["path"], before["path"]))
+    again = changed.filter(pc.is_in(_whole(changed), _whole(before)))
     there = pc.sum(pc.is_in(before["path"], found.objects["path"]), min_count=0).as_py()
-    return News(objects=objects, changed=frozenset(changed), gone=before.num_rows - int(there))
+    return News(
+        objects=objects,
+        changed=frozenset(changed["path"].to_pylist()),
+        again=frozenset(again["path"].to_pylist()),
+        gone=before.num_rows - int(there),
+    )
 
 
-def inputs(before: Version | None, new: pa.Table) -> pa.Table:
-    """Return what is labelled when a version's new objects are, too: a table of `detect.OBJECTS`."""
-    if before is None:
-        return new
-    old = before.inputs
+def some_of(news_: News, objects: pa.Table) -> News:
+    """Return the part of what is new that some of its objects are."""
+    paths = frozenset(objects["path"].to_pylist())
+    return replace(news_, objects=objects, changed=news_.changed & paths, again=news_.again & paths)
+
+
+def inputs(before: Version | None, new: pa.Table, unsettled: Collection[str]) -> pa.Table:
+    """Return what is labelled when a version's new objects are, too: a table of `INPUTS`.
+
+    Args:
+        before: The parent.
+        new: The new objects.
+        unsettled: Paths of those with an error that may pass.
+    """
+    old = INPUTS.empty_table() if before is None else _inputs(before)
+    tried = old.filter(pc.greater(old["tries"], 0))
+    times = dict(zip(_whole(tried).to_pylist(), tried["tries"].to_pylist(), strict=True))
+    whole = _whole(new)
+    is_unsettled = pc.is_in(new["path"], pa.array(sorted(unsettled), pa.string())).to_numpy()
+    tries = np.zeros(new.num_rows, np.int64)
+    for row in np.flatnonzero(is_unsettled).tolist():
+        tries[row] = times.get(whole[row].as_py(), 0) + 1
     kept = old.filter(pc.invert(pc.is_in(old["path"], new["path"])))
-    return pa.concat_tables([kept, new]).sort_by("path")
+    both = [kept, new.append_column(INPUTS.field("tries"), pa.array(tries))]
+    return pa.concat_tables(both).sort_by("path")
+
+
+def may_pass(error: str | None) -> bool:
+    """Say whether an image's error may be another night's no more."""
+    return error is not None and error.partition(":")[0] in MAY_PASS
+
+
+def _inputs(version: Version) -> pa.Table:
+    """Return a version's table of `INPUTS`."""
+    found = version.inputs
+    if "tries" in found.column_names:
+        return found
+    # Versions made before 2026-11-28 tried everything once.
+    return found.append_column(INPUTS.field("tries"), pa.array(np.zeros(found.num_rows, np.int64)))
 
 
 def holds(objects: pa.Table, some: pa.Table) -> bool:
     """Say whether all of some objects are among others, unchanged."""
     return bool(pc.all(pc.is_in(_whole(some), _whole(objects)), min_count=0).as_py())
+
+
+def shares(objects: pa.Table, others: pa.Table) -> bool:
+    """Say whether any of some objects is among others, unchanged."""
+    return bool(pc.any(pc.is_in(_whole(objects), _whole(others)), min_count=0).as_py())
 
 
 def compare(found: News, planned: Plan, source: Source, parent: Version | None) -> Compared:
@@ -109,14 +154,14 @@ def compare(found: News, planned: Plan, source: Source, parent: Version | None) 
     every = planned.format == "parquet"
     if parent is None or not (found.changed or every):
         return Compared(planned=planned, replaced=(), same=0)
-    known = ray.put(_known(parent, None if every else found.changed))
-    changed = ray.put(found.changed)
+    labelled, lost = _known(parent, found.changed, every=every)
+    known, news_ = ray.put(labelled), ray.put(replace(found, objects=OBJECTS.empty_table()))
     every_chunk = list(chunks.from_table(planned.chunks))
-    calls = ((chunk, source, known, changed, every) for chunk in every_chunk)
+    calls = ((chunk, source, known, news_, every) for chunk in every_chunk)
     kept: list[Chunk] = []
-    replaced: list[str] = []
+    replaced = set(lost)
     for chunk, ((keep, ids),) in zip(every_chunk, in_order(_compare_chunk, calls), strict=True):
-        replaced += ids
+        replaced.update(ids)
         if keep.any():
             kept.append(_cut(chunk, keep))
     num_images = sum(chunk.num_images for chunk in kept)
@@ -130,11 +175,6 @@ def compare(found: News, planned: Plan, source: Source, parent: Version | None) 
         chunks=chunks.numbered(chunks.to_table(kept), None),
     )
     return Compared(planned=less if kept else None, replaced=tuple(sorted(replaced)), same=same)
-
-
-def content_digest(data: bytes | None) -> bytes:
-    """Return the digest of an image's bytes; empty where there are none, which is like no other."""
-    return b"" if data is None else blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def object_of(chunk: Chunk, shard: str, key: str) -> str:
@@ -161,34 +201,38 @@ def _cut(chunk: Chunk, keep: Bool) -> Chunk:
     )
 
 
-def _known(parent: Version, objects: frozenset[str] | None) -> npt.NDArray[np.void]:
-    """Return ids and digests of what is labelled, by id: of images of some objects of the input, or of all."""
-    wanted = None if objects is None else pa.array(sorted(objects), pa.string())
-    calls = ((parent.store, info, wanted) for info in objects_of(parent.table(CONTENTS).objects))
+def _known(parent: Version, changed: frozenset[str], *, every: bool) -> tuple[Known, list[str]]:
+    """Return what is labelled of changed objects, or of all; and the rows of changed objects that had no image.
+
+    Those rows leave: their images are tried again, and what stood for a shard's damage has no image.
+    """
+    wanted = pa.array(sorted(changed), pa.string())
+    calls = (
+        (parent.store, info, wanted, every) for info in objects_of(parent.table(CONTENTS).objects)
+    )
     parts = [part for (part,) in in_order(_known_of, calls)]
-    known = np.concatenate([np.empty(0, _KNOWN), *parts])
-    return known[np.argsort(known["image"], kind="stable")]
+    lost = [image_id for _, ids in parts for image_id in ids]
+    return contents.joined([known for known, _ in parts]), lost
 
 
 def _known_of(
-    store: Store, info: ObjectInfo, objects: pa.Array | None
-) -> list[npt.NDArray[np.void]]:
-    file = pq.ParquetFile(store.open(info, FOOTER_WINDOW), page_checksum_verification=True)
-    table = file.read(columns=CONTENT.names)
-    if objects is not None:
-        table = table.filter(pc.is_in(table["object"], objects))
-    known = np.zeros(table.num_rows, _KNOWN)
-    known["image"] = [id_digest(name) for name in table["image_id"].to_pylist()]
-    for row, digest in enumerate(table["digest"].to_pylist()):
-        known["digest"][row] = np.void(digest.ljust(DIGEST_BYTES, b"\0"))
-    return [known]
+    store: Store,
+    info: ObjectInfo,
+    changed: pa.Array,
+    every: bool,  # noqa: FBT001 - a task's arguments have no names
+) -> list[tuple[Known, list[str]]]:
+    table = contents.read(store, info, None if every else changed)
+    is_lost = pc.and_(
+        pc.equal(pc.binary_length(table["digest"]), 0), pc.is_in(table["object"], changed)
+    )
+    return [(contents.known_of(table), table.filter(is_lost)["image_id"].to_pylist())]
 
 
 def _compare_chunk(
     chunk: Chunk,
     source: Source,
-    known: npt.NDArray[np.void],
-    changed: frozenset[str],
+    known: Known,
+    found: News,
     every: bool,  # noqa: FBT001 - a task's arguments have no names
 ) -> list[tuple[Bool, list[str]]]:
     """Return which images of a chunk are to be labelled, and the ids of those that replace others."""
@@ -196,18 +240,24 @@ def _compare_chunk(
     keep = np.ones(chunk.num_images, np.bool_)
     places: dict[int, int] = {}
     for number, row in enumerate(rows):
-        if every or object_of(chunk, row["shard"], row["key"]) in changed:
-            image = np.uint64(id_digest(row["image_id"]))
-            place = int(np.searchsorted(known["image"], image))
-            if place < len(known) and known["image"][place] == image:
-                places[number] = place
+        path = object_of(chunk, row["shard"], row["key"])
+        if not every and path not in found.changed:
+            continue
+        place = contents.place(known, row["image_id"])
+        if place is None:
+            continue
+        if path in found.again:
+            # The same object: there is nothing to compare.
+            keep[number] = known["digest"][place] == contents.padded(b"")
+        else:
+            places[number] = place
     if not places:
         return [(keep, [])]
     look = np.isin(np.arange(len(rows)), list(places))
     data = read_chunk(_cut(chunk, look), source)["data"].to_pylist()
     replaced = []
     for (number, place), content in zip(sorted(places.items()), data, strict=True):
-        digest = np.void(content_digest(content).ljust(DIGEST_BYTES, b"\0"))
+        digest = contents.padded(content_digest(content))
         keep[number] = content is None or known["digest"][place] != digest
         if keep[number]:
             replaced.append(rows[number]["image_id"])

@@ -3,7 +3,7 @@
 Input: whatever `predict` reads, and what is known about the images: `--annotations COCO.json`, or
 `--predictions URI`, a table of predictions or labels. Output: `shards/*.parquet`, one row for every
 image that has a record, with its bytes as they were (null where they are no image), in row groups
-of 32; `_manifest.json` with the categories. Without either, every image has a row without
+of 32 rows or about 8 MiB; `_manifest.json` with the categories. Without either, every image has a row without
 detections. `datasets` opens the shards with images decoded. Run again with the same output to go on.
 """
 
@@ -223,16 +223,17 @@ def pack_chunk(
             for row, record in zip(rows, known_rows, strict=True)
             if row["status"] == "error"
         )
+    table = pa.Table.from_pylist(rows, schema=TRAINING)
     crowds = sum(found["iscrowd"] for row in rows for found in row["detections"])
     empty = sum(row["status"] == "ok" and not row["detections"] for row in rows)
     with retries.counted() as again, traffic.counted() as moved:
         counts = write.put_chunk(
             output,
             sealed.chunk_id,
-            pa.Table.from_pylist(rows, schema=TRAINING),
+            table,
             {"crowds": str(crowds), "empty": str(empty), "unread": str(unread)},
             SHARDS_FOLDER,
-            write.TRAINING_ROWS_PER_GROUP,
+            write.training_rows_per_group(table),
         )
     receipt = {
         "chunk_id": sealed.chunk_id,

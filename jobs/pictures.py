@@ -1,16 +1,18 @@
 """The bytes of a few images of a table, found where the table's job found them, by its readers.
 
 Where the plan beside the table is of the same input, its chunks say where an image is. Otherwise a
-loose image is read by its path, and shards are indexed as if for a plan: of tars those that hold an
-image that is wanted, of Parquet as many as it takes.
+loose image is read by its path, and shards are indexed as if for a plan: those that hold an image that is
+wanted, and all of Parquet that names its images by itself. A table may hold its images, and a version of a
+data set does, each once: an audit's bytes are with its accepted row.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,7 @@ from jobs.plan import Plan
 from jobs.read import Source, read_chunk, read_names
 from jobs.storage import open_store, open_uri
 from jobs.store import DamagedError, ObjectInfo, Store
+from jobs.versions import TABLES, Version
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -62,39 +65,67 @@ class Picture:
     error: str | None = None
 
 
-def fetch(
-    wanted: Sequence[Wanted], images: str, table: Store, endpoint_url: str | None
-) -> Iterator[Picture]:
-    """Yield a picture for each row that is wanted, in any order.
+Way: TypeAlias = Callable[[Sequence[Wanted]], Iterator[Picture]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Where the images of a table are.
+
+    Attributes:
+        uri: As a person names it.
+        ways: To find some of them, the best one first.
+    """
+
+    uri: str
+    ways: Sequence[Way]
+
+
+def open_images(uri: str, table: Store, endpoint_url: str | None) -> Images:
+    """Look at where the images of a table are.
 
     Args:
-        wanted: Rows of the table.
-        images: The folder, prefix, shard or manifest that the table was made of, or a copy of it; or a
-            version of a data set, which holds its images.
+        uri: The folder, prefix, shard or manifest that the table was made of, or a copy of it; or a packed
+            set or a version of a data set, which hold their images.
         table: The table's folder.
         endpoint_url: See `storage.open_store`.
 
     Raises:
-        InputError: There is nothing at `images`.
-        StorageError: The store failed for good.
+        InputError: There is nothing.
     """
     planned = plan.load(table)
-    store = open_store(images, endpoint_url)
+    store = open_store(uri, endpoint_url)
+    ways: list[Way]
     if planned is not None and store.uri in (planned.job.get("input"), planned.folder):
-        found = _by_plan(wanted, planned, _source(planned.folder, table, endpoint_url))
+        ways = [partial(_by_plan, planned, _source(planned.folder, table, endpoint_url))]
+    elif of_version := versions.find(uri, endpoint_url):
+        version, named = of_version
+        names = (named, *(name for name in TABLES if name != named))
+        ways = [partial(_by_version, version, name, endpoint_url) for name in names]
     else:
-        of_version = versions.find(images, endpoint_url)
-        # A version holds the images of its rows, whatever became of the input.
-        there = (
-            of_version[0].table(of_version[1]) if of_version else look(images, "auto", endpoint_url)
-        )
-        found = _by_look(wanted, there, endpoint_url)
-    missing = {one.row: one for one in wanted}
-    for picture in found:
-        if missing.pop(picture.row, None):
-            yield picture
-    for row in missing:
-        yield Picture(row, None, f"missing: it is not among the images at {images}")
+        found = look(uri, "auto", endpoint_url)
+        by = _by_object if found.store.uri == table.uri else _by_look
+        ways = [partial(by, found, endpoint_url)]
+    return Images(uri=uri, ways=ways)
+
+
+def fetch(wanted: Sequence[Wanted], images: Images) -> Iterator[Picture]:
+    """Yield a picture for each row that is wanted, in any order.
+
+    Raises:
+        StorageError: The store failed for good.
+    """
+    left = {one.row: one for one in wanted}
+    without: dict[int, Picture] = {}
+    for way in images.ways:
+        for picture in way(tuple(left.values())):
+            if picture.data is None:
+                without.setdefault(picture.row, picture)
+            elif left.pop(picture.row, None):
+                yield picture
+    for row in left:
+        missing = Picture(row, None, f"missing: it is not among the images at {images.uri}")
+        yield without.get(row, missing)
 
 
 def _source(folder: str, lists: Store, endpoint_url: str | None) -> Source:
@@ -106,7 +137,7 @@ def _source(folder: str, lists: Store, endpoint_url: str | None) -> Source:
     )
 
 
-def _by_plan(wanted: Sequence[Wanted], planned: Plan, source: Source) -> Iterator[Picture]:
+def _by_plan(planned: Plan, source: Source, wanted: Sequence[Wanted]) -> Iterator[Picture]:
     by_chunk: defaultdict[str, dict[int, Wanted]] = defaultdict(dict)
     for one in wanted:
         name = one.path.removeprefix(f"{PREDICTIONS_FOLDER}/").removesuffix(".parquet")
@@ -116,7 +147,14 @@ def _by_plan(wanted: Sequence[Wanted], planned: Plan, source: Source) -> Iterato
     return chain.from_iterable(_in_threads(lambda call: _read(*call), calls))
 
 
-def _by_look(wanted: Sequence[Wanted], found: Input, endpoint_url: str | None) -> Iterator[Picture]:
+def _by_version(
+    version: Version, name: str, endpoint_url: str | None, wanted: Sequence[Wanted]
+) -> Iterator[Picture]:
+    found = version.table(name, sorted(one.image_id for one in wanted))
+    return _by_look(found, endpoint_url, wanted)
+
+
+def _by_look(found: Input, endpoint_url: str | None, wanted: Sequence[Wanted]) -> Iterator[Picture]:
     if found.format in ("images", "manifest"):
 
         def read_one(one: Wanted) -> Picture:
@@ -129,17 +167,27 @@ def _by_look(wanted: Sequence[Wanted], found: Input, endpoint_url: str | None) -
     source = _source(found.store.uri, found.store, endpoint_url)
     by_id = {one.image_id: one for one in wanted}
     infos = objects_of(found.objects)
-    if found.format == "webdataset":
-        shards = {one.shard for one in wanted}
+    shards = {one.shard for one in wanted}
+    if found.format == "webdataset" or shards <= {info.path for info in infos}:
         infos = [info for info in infos if info.path in shards]
     in_shards = _in_threads(lambda info: _in_shard(info, found.format, by_id, source), infos)
-    return chain.from_iterable(in_shards)
+    calls = list(chain.from_iterable(in_shards))
+    return chain.from_iterable(_in_threads(lambda call: _read(*call, source), calls))
+
+
+def _by_object(
+    table: Input, endpoint_url: str | None, wanted: Sequence[Wanted]
+) -> Iterator[Picture]:
+    """Find images in the rows themselves."""
+    paths = pa.array({one.path for one in wanted}, pa.string())
+    near = table.objects.filter(pc.is_in(table.objects["path"], paths))
+    return _by_look(replace(table, objects=near), endpoint_url, wanted)
 
 
 def _in_shard(
     info: ObjectInfo, format_: str, by_id: dict[str, Wanted], source: Source
-) -> list[Picture]:
-    """Return what is wanted of a shard; nothing of one that is damaged."""
+) -> list[tuple[Chunk, dict[int, Wanted]]]:
+    """Return the chunks of a shard with what is wanted of them; nothing of one that is damaged."""
     try:
         if format_ == "webdataset":
             cut = index.index_tar(source.store, info, CHUNK_SIZE)
@@ -147,13 +195,13 @@ def _in_shard(
             cut = index.index_parquet(source.store, info, CHUNK_SIZE, None)
     except DamagedError:
         return []
-    pictures: list[Picture] = []
+    found = []
     for chunk in cut:
         ids = read_names(chunk, source)["image_id"].to_pylist()
         here = {position: by_id[name] for position, name in enumerate(ids) if name in by_id}
         if here and chunk.kind != "verdict":
-            pictures += _read(chunk, here, source)
-    return pictures
+            found.append((chunk, here))
+    return found
 
 
 def _read(chunk: Chunk, wanted: dict[int, Wanted], source: Source) -> list[Picture]:

@@ -47,6 +47,7 @@ from jobs.plan import Plan
 from jobs.read import Source
 from jobs.sizing import Rates
 from jobs.source import Work
+from jobs.stages import Busy
 from jobs.stall import StallWarning
 from jobs.storage import lies_within, open_store
 from jobs.store import Store
@@ -145,14 +146,21 @@ def _work_off(
         "seconds": round(took, 2),
         "images_per_second": round(images / took, 3),
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "busy": {name: round(share, 3) for name, share in busy.shares().items()},
+        **_busy(busy.busy()),
         # Of all processes, planning included where this run planned.
         "retries": dict(retries.so_far()),
         "bytes": dict(traffic.so_far()),
     }
     write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
-    predict_view.show_summary(counts, output, facts_of_run)
+    predict_view.show_summary(counts, output, facts_of_run, busy.busy())
     return counts
+
+
+def _busy(busy: Busy) -> dict[str, Any]:
+    return {
+        "busy": {name: round(share, 3) for name, share in busy.shares.items()},
+        "busy_with_start": busy.with_start,
+    }
 
 
 def _log(receipt: Receipt) -> None:

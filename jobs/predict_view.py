@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jobs import retries, stages
+from jobs import processor, retries, stages
 from jobs.actor import Pool
 from jobs.console import duration, facts, size
 from jobs.plan import Plan
+from jobs.stages import Busy
 from jobs.store import Store
 from jobs.write import Counts
 
@@ -16,6 +17,9 @@ def show_plan(planned: Plan, pool: Pool, left: int, title: str) -> None:
     where = "CPU" if pool.threads is None else f"CPU, {pool.threads} thread"
     if pool.gpus_per_actor:
         where = f"{pool.gpus_per_actor:g} GPU each"
+    arithmetic = processor.in_words(
+        planned.job["precision"], "fp32-fast", gpus=pool.gpus_per_actor > 0
+    )
     actors = f"{pool.min_actors} to {pool.max_actors}"
     if pool.min_actors == pool.max_actors:
         actors = f"{pool.max_actors}"
@@ -29,13 +33,15 @@ def show_plan(planned: Plan, pool: Pool, left: int, title: str) -> None:
             ),
             ("chunks", f"{planned.chunks.num_rows}, of them {left} to do"),
             ("actors", f"{actors} ({where})"),
-            ("arithmetic", f"{planned.job['precision']}, {planned.job['tasks']}"),
+            ("arithmetic", f"{arithmetic}, {planned.job['tasks']}"),
             *(("note", note) for note in planned.notes),
         ],
     )
 
 
-def show_summary(counts: Counts, output: Store, of_run: Mapping[str, Any]) -> None:
+def show_summary(
+    counts: Counts, output: Store, of_run: Mapping[str, Any], busy: Busy | None = None
+) -> None:
     """Show what came out."""
     rows = [
         ("rows", f"{counts.images}, one for each image"),
@@ -48,7 +54,7 @@ def show_summary(counts: Counts, output: Store, of_run: Mapping[str, Any]) -> No
             ("this run", f"{of_run['images']} images in {duration(of_run['seconds'])}"),
             ("throughput", f"{of_run['images_per_second']:.2f} images/s"),
         ]
-    if busy := of_run.get("busy"):
+    if busy is not None and busy.shares:
         rows.append(("busy", stages.in_words(busy)))
     if again := of_run.get("retries"):
         rows.append(("asked again", f"the store, after trouble ({retries.in_words(again)})"))

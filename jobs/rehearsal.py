@@ -47,7 +47,14 @@ def _steps(config: LabelConfig, base: Base, rules: Rules) -> Iterator[tuple[str,
         yield (
             "then",
             f"{_PUBLISHES_NOTHING}: the candidate {candidate.number} has what is new, and waits (exit code "
-            f"{labelling.DRIFTED})",
+            f"{config.held_exit_code})",
+        )
+        return
+    if (refused := labelling.rolled_back(base, rules)) is not None:
+        yield (
+            "then",
+            f"{_PUBLISHES_NOTHING}: version {refused.number}, whose labels it would make again, was rolled back "
+            f"(exit code {config.held_exit_code})",
         )
         return
     began = labelling.begun(config, base, rules)
@@ -80,7 +87,7 @@ def _gate(config: LabelConfig, base: Base) -> Iterator[tuple[str, str]]:
     else:
         yield (
             "drift",
-            f"publish as a candidate only (exit code {labelling.DRIFTED}) where labels moved further than "
+            f"publish as a candidate only (exit code {config.held_exit_code}) where labels moved further than "
             f"{config.max_drift:g} from version {base.parent.number}",
         )
 

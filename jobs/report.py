@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs import documents, gallery, page, pictures, retries
+from jobs import documents, gallery, label_view, page, pictures, retries, versions
 from jobs.cluster import plain_errors
 from jobs.comparison import Asked, Result, compared
 from jobs.config import ConfigError, ReportConfig
@@ -27,6 +27,7 @@ from jobs.reference import Truth, open_truth
 from jobs.storage import lies_within, open_store
 from jobs.survey import Survey, Wish, survey
 from jobs.tables import Tables, open_tables
+from jobs.versions import Version
 from jobs.write import MANIFEST, SUCCESS
 from segmodel.drawing import COLOURS
 
@@ -64,7 +65,8 @@ def run(config: ReportConfig) -> int:
     if versus is not None:
         gallery.add_truth(shown, versus.truth, versus.paired)
         groups += gallery.fault_groups(versus.result.faults, fault_rows, shown)
-    fetched = pictures.fetch(wanted, config.images, table.store, config.endpoint_url)
+    images = pictures.open_images(config.images, table.store, config.endpoint_url)
+    fetched = pictures.fetch(wanted, images)
     gallery.put_thumbnails(shown, fetched, output, config.max_pixels)
     content = _content(config, table, found, versus, groups, shown)
     output.put(INDEX, page.render(content))
@@ -113,6 +115,7 @@ def _content(
     groups: Sequence[Group],
     shown: Mapping[int, Shown],
 ) -> Content:
+    of_version = versions.find(config.predictions, config.endpoint_url)
     manifest, notes = _manifest(table, found)
     quality = None
     if versus is not None:
@@ -138,8 +141,10 @@ def _content(
         found=found,
         quality=quality,
         examples=_examples(found, shown),
-        facts=_facts(config, table, manifest),
-        details=_details(manifest),
+        facts=_version_facts(config, of_version[0])
+        if of_version
+        else _facts(config, table, manifest),
+        details=_details(of_version[0].manifest if of_version else manifest),
         data=data,
     )
 
@@ -202,8 +207,24 @@ def _facts(
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
 
 
+def _version_facts(config: ReportConfig, version: Version) -> list[tuple[str, str]]:
+    """Return what a version says of itself; it has many jobs behind it, and no manifest of one."""
+    known = [("version", f"{version.number}, {version.manifest['status']}")]
+    known += [(name.strip(), value) for name, value in label_view.facts_of(version)]
+    known += [("images", config.images), ("truth", config.truth or "")]
+    return [(name, value) for name, value in known if value]
+
+
 def _details(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    titles = {"config": "Configuration", "job": "What results depend on", "versions": "Versions"}
+    titles = {
+        "config": "Configuration",
+        "job": "What results depend on",
+        "versions": "Versions",
+        "policy": "Policy of the labels",
+        "drift": "Drift against the parent",
+        "reviewed": "Reviews",
+        "software": "Software",
+    }
     return [
         (title, json.dumps(manifest[name], indent=2, ensure_ascii=False))
         for name, title in titles.items()

@@ -1,38 +1,38 @@
-"""Reviewed labels come back: a COCO instances file over a version of a data set.
+"""Reviewed labels come back: COCO instances, or Label Studio's tasks, over a version of a data set.
 
 The reviewer wins: each image of the file gets the file's labels in the place of the machine's, wherever its row
-was, and one without annotations is accepted as empty. The version that this makes holds the same images.
+was, and one without annotations is accepted as empty. The version that this makes holds the same images. An image
+whose name another photo has by now is left out: its labels are of the old one.
 
 Of several reviews the one that was imported last wins, image by image. A file that the current version builds upon
 is not imported again, whatever came after it, so an old one can never undo a newer one by accident; nor is one
 that says what the version says already.
 """
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import label_view, labelling, sorting, version_facts, versions
+from jobs import label_view, labelling, review_files, sorting, suffixes, version_facts, versions
 from jobs.config import ConfigError
 from jobs.console import facts
+from jobs.contents import FIELD, Contents
 from jobs.detect import InputError
 from jobs.label_config import LabelConfig
 from jobs.labelling import DIGITS
-from jobs.pairing import BY_FILE_NAME, NONE, pair
+from jobs.pairing import NONE
 from jobs.records import some_of
+from jobs.review_files import Reviewed, ReviewedImage
 from jobs.sorting import Sorted, Stage
-from jobs.storage import open_uri
 from jobs.store import Store
 from jobs.tables import NAMES
 from jobs.versions import ACCEPTED, REJECTED, REVIEW, TABLES, Version
-from segmodel import coco, rle
 from segmodel.matching import pairwise_iou
 from segmodel.policy import AUDIT
 
@@ -43,23 +43,6 @@ SAME_IOU = 0.5
 ROWS_PER_OBJECT = 256
 
 _WERE = {ACCEPTED: "accepted", REVIEW: "to review", REJECTED: "rejected"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reviewed:
-    """A reviewed file.
-
-    Attributes:
-        uri: Where it is.
-        sha256: Of its bytes.
-        rows: One for each image, in the one schema.
-        categories: `{"id", "name"}` of each.
-    """
-
-    uri: str
-    sha256: str
-    rows: Sequence[Row]
-    categories: Sequence[Mapping[str, Any]]
 
 
 def label(config: LabelConfig, dataset: Store) -> int | None:
@@ -74,12 +57,14 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
     parent = versions.current(dataset, most)
     if parent is None:
         raise ConfigError(f"{dataset.uri} has no version to review: label something first")
-    found = _with_ids_of(parent, _read(config.reviewed, config.endpoint_url))
+    found = review_files.read(config.reviewed, config.endpoint_url, parent.categories)
     if (earlier := _import_of(parent, found)) is not None:
         return _nothing_to_do(found, _already(earlier, parent))
     categories = version_facts.merged_categories(parent, found.categories, found.uri)
-    old = _rows_of(parent, found)
-    if all(_says(mine, theirs) for mine, theirs in zip(old, found.rows, strict=True)):
+    found, old = _of_the_same_photos(parent, found, _rows_of(parent, found))
+    _refuse_other_sizes(found, old)
+    _refuse_to_empty(config, found, old, parent)
+    if all(_says(mine, theirs) for mine, theirs in zip(old, found.images, strict=True)):
         return _nothing_to_do(found, f"version {parent.number} says the same of its images")
     name = version_facts.digest([version_facts.identity(parent), found.sha256])[:DIGITS]
     stage = Stage(store=dataset, folder=f"{versions.folder(most + 1)}/{name}")
@@ -95,54 +80,15 @@ def label(config: LabelConfig, dataset: Store) -> int | None:
         "policy": None,
         "categories": categories,
         "reviewed": {"uri": found.uri, "sha256": found.sha256, "counts": counts},
-        "notes": ["the reviewer wins: the machine's labels of these images are replaced"],
+        "notes": [
+            "the reviewer wins: the machine's labels of these images are replaced",
+            *found.notes,
+        ],
     }
     if not labelling.put(stage, most + 1, manifest, objects, parent.inputs):
         return None
     label_view.show(versions.load(dataset, most + 1))
     return 0
-
-
-def _read(uri: str, endpoint_url: str | None) -> Reviewed:
-    store, name = open_uri(uri, endpoint_url)
-    data = store.read(name)
-    try:
-        file = json.loads(data)
-        rows = list(coco.rows(file))
-        categories = coco.categories(file)
-    except (ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"{store.url(name)} is no COCO instances file: {error}") from error
-    for row in rows:
-        for one in row["detections"]:
-            if one["segmentation"] is None:
-                raise InputError(
-                    f"{store.url(name)} has boxes without masks, such as in {row['image_id']!r}: export it "
-                    "with masks"
-                )
-            _tighten(one)
-    return Reviewed(
-        uri=store.url(name),
-        sha256=hashlib.sha256(data).hexdigest(),
-        rows=rows,
-        categories=categories,
-    )
-
-
-def _with_ids_of(parent: Version, found: Reviewed) -> Reviewed:
-    """Give categories the ids that their names have in the data set: reviewers' tools count anew."""
-    known = {category["name"]: category["id"] for category in parent.categories}
-    ids = {of["id"]: known.get(of["name"], of["id"]) for of in found.categories}
-    for row in found.rows:
-        for one in row["detections"]:
-            one["category_id"] = ids[one["category_id"]]
-    categories = [{**of, "id": ids[of["id"]]} for of in found.categories]
-    return replace(found, categories=categories)
-
-
-def _tighten(label: Row) -> None:
-    """Take area and box from the mask: reviewers' tools leave the old ones, or none."""
-    label["area"] = float(rle.areas([label["segmentation"]])[0])
-    label["bbox"] = rle.bounding_boxes([label["segmentation"]])[0].tolist()
 
 
 def _import_of(parent: Version, found: Reviewed) -> Version | None:
@@ -167,21 +113,25 @@ def _already(earlier: Version, parent: Version) -> str:
 
 
 def _nothing_to_do(found: Reviewed, why: str) -> int:
-    facts("Nothing to do", [("reviewed", f"{found.uri}: {why}. Nothing was published.")])
+    said = [("note", note) for note in found.notes]
+    facts("Nothing to do", [("reviewed", f"{found.uri}: {why}. Nothing was published."), *said])
     return 0
 
 
-def _says(mine: Row, theirs: Row) -> bool:
+def _says(mine: Row, theirs: ReviewedImage) -> bool:
     """Say whether a person has given an image these very labels already."""
     # An empty image has no score that would tell who says so.
     by_a_person = mine["detections"] and all(one["score"] is None for one in mine["detections"])
-    return bool(mine["table"] == ACCEPTED and by_a_person and _labels(mine) == _labels(theirs))
+    return bool(
+        mine["table"] == ACCEPTED
+        and by_a_person
+        and _labels(mine["detections"]) == _labels(theirs.detections)
+    )
 
 
-def _labels(row: Row) -> list[tuple[Any, ...]]:
+def _labels(detections: Sequence[Row]) -> list[tuple[Any, ...]]:
     return sorted(
-        (one["category_id"], one["iscrowd"], one["segmentation"]["counts"])
-        for one in row["detections"]
+        (one["category_id"], one["iscrowd"], one["segmentation"]["counts"]) for one in detections
     )
 
 
@@ -189,41 +139,104 @@ def _rows_of(parent: Version, found: Reviewed) -> list[Row]:
     """Return the parent's row of each reviewed image, in the order of the file, with its `table`.
 
     Raises:
-        InputError: It has none, or of another size.
+        InputError: It has none, or the file does not say which.
     """
     listed = [row for row in parent.objects.to_pylist() if row["table"] in TABLES]
     parts = [_names(parent, row) for row in listed]
-    names = pa.concat_tables(parts)
-    paths = [f"{row['shard']}/{row['key']}" if row["shard"] else row["key"] for row in found.rows]
-    # `pair` refuses where nothing pairs, in words of `evaluate`.
-    known = {_base_name(key) for key in names["key"].to_pylist()}
-    _refuse_unknown([path for path in paths if _base_name(path) not in known], found, parent)
-    paired = pair(paths, names, BY_FILE_NAME, subset=True)
-    _refuse_unknown([paths[number] for number in paired.missing.tolist()], found, parent)
-    old: list[Row] = [{}] * len(paths)
+    places = _places(parent, found, pa.concat_tables(parts))
+    old: list[Row] = [{}] * len(found.images)
     start = 0
     for row, part in zip(listed, parts, strict=True):
-        places = paired.places[start : start + part.num_rows]
+        here = places[start : start + part.num_rows]
         start += part.num_rows
-        wanted = {part["image_id"][n].as_py(): at for n, at in enumerate(places) if at != NONE}
+        wanted = {part["image_id"][n].as_py(): at for n, at in enumerate(here) if at != NONE}
         if wanted:
             for mine in sorting.read(parent.store, row).to_pylist():
                 if mine["image_id"] in wanted and _stands_for_image(row["table"], mine):
                     old[wanted[mine["image_id"]]] = {**mine, "table": row["table"]}
-    for mine, theirs in zip(old, found.rows, strict=True):
-        if (mine["height"], mine["width"]) not in (
-            (None, None),
-            (theirs["height"], theirs["width"]),
-        ):
-            raise InputError(
-                f"image {mine['image_id']!r} has {mine['height']} x {mine['width']} pixels (height x width), "
-                f"and {found.uri} says {theirs['height']} x {theirs['width']}: correct the file"
-            )
     return old
 
 
-def _base_name(path: str) -> str:
-    return path.rpartition("/")[2]
+def _places(parent: Version, found: Reviewed, names: pa.Table) -> npt.NDArray[np.int64]:
+    """Return for each row of `names` the number of its image in the file, or `NONE`."""
+    names = names.append_column("row", pa.array(np.arange(names.num_rows)))
+    # What stands for a damaged shard is no image.
+    images = names.filter(pc.not_equal(names["key"], ""))
+    ids = pa.array([image.image_id for image in found.images], pa.string())
+    rows: list[int | None] = pc.index_in(ids, images["image_id"]).to_pylist()
+    without = [n for n, image in enumerate(found.images) if image.image_id is None]
+    by_path = suffixes.rows_of([found.images[n].path for n in without], images)
+    for number, row in zip(without, by_path, strict=True):
+        rows[number] = row
+    _refuse_unknown(
+        [
+            image.image_id or image.path
+            for image, row in zip(found.images, rows, strict=True)
+            if row is None
+        ],
+        found,
+        parent,
+    )
+    places = np.full(names.num_rows, NONE, np.int64)
+    for number, row in enumerate(images["row"].take(pa.array(rows, pa.int64())).to_pylist()):
+        if places[row] != NONE:
+            both = [found.images[n].path for n in (places[row], number)]
+            raise InputError(
+                f"two images of {found.uri} are {names['image_id'][row].as_py()!r}: {some_of(both)}"
+            )
+        places[row] = number
+    return places
+
+
+def _of_the_same_photos(
+    parent: Version, found: Reviewed, old: Sequence[Row]
+) -> tuple[Reviewed, list[Row]]:
+    """Leave out the images whose name another photo has, since the file was exported.
+
+    Raises:
+        InputError: None is left.
+    """
+    if not any(image.content for image in found.images):
+        note = f"the file does not say what its images held ({FIELD}): whether they were replaced is not known"
+        return replace(found, notes=(*found.notes, note)), list(old)
+    contents = Contents(parent)
+    both = list(zip(found.images, old, strict=True))
+    same = [one for one in both if one[0].content in ("", contents.of(one[1]["image_id"]))]
+    if len(same) == len(both):
+        return found, list(old)
+    is_same = {one[1]["image_id"] for one in same}
+    others = [row["image_id"] for row in old if row["image_id"] not in is_same]
+    words = (
+        f"{len(others)} images are other photos than those that were exported, and are left out: "
+        f"{some_of(others)}"
+    )
+    if not same:
+        raise InputError(f"{found.uri}: {words}: export the queue of version {parent.number} anew")
+    left = replace(found, images=[one[0] for one in same], notes=(*found.notes, words))
+    return left, [one[1] for one in same]
+
+
+def _refuse_other_sizes(found: Reviewed, old: Sequence[Row]) -> None:
+    for mine, theirs in zip(old, found.images, strict=True):
+        size_hw = (mine["height"], mine["width"])
+        if theirs.size_hw not in (None, size_hw) and size_hw != (None, None):
+            raise InputError(
+                f"image {mine['image_id']!r} has {size_hw[0]} x {size_hw[1]} pixels (height x width), "
+                f"and {found.uri} says {theirs.size_hw[0]} x {theirs.size_hw[1]}: correct the file"
+            )
+
+
+def _refuse_to_empty(
+    config: LabelConfig, found: Reviewed, old: Sequence[Row], parent: Version
+) -> None:
+    """Refuse a file without any label: more often a tool has left them out than all of them were wrong."""
+    labelled = sum(bool(row["detections"]) for row in old if row["table"] != REJECTED)
+    if labelled and not config.reviewed_empty and not any(i.detections for i in found.images):
+        raise InputError(
+            f"{found.uri} has no label for any of its {len(found.images)} images, and {labelled} of them have "
+            f"labels in version {parent.number}: Label Studio's COCO export leaves brush masks out (export its "
+            "JSON), other tools have their own ways. If all of it is to be background, say --reviewed-empty"
+        )
 
 
 def _refuse_unknown(paths: Sequence[str], found: Reviewed, parent: Version) -> None:
@@ -254,19 +267,19 @@ def _merged(found: Reviewed, old: Sequence[Row], stage: Stage) -> tuple[Sorted, 
     counts: Counter[str] = Counter()
     new = Sorted(images=len(old))
     rows = []
-    for row, mine in zip(found.rows, old, strict=True):
+    for image, mine in zip(found.images, old, strict=True):
         if mine["image"] is None:
             raise InputError(
                 f"image {mine['image_id']!r} could not be read when it was labelled ({mine['error']}), and "
                 f"cannot be trained on: take it out of {found.uri}"
             )
-        counts.update(_judged(row["detections"], mine["detections"]))
+        counts.update(_judged(image.detections, mine["detections"]))
         counts[f"images that were {_WERE[mine['table']]}"] += 1
         kept = {
             name: mine[name] for name in (*NAMES, "height", "width", "status", "error", "image")
         }
-        rows.append({**kept, "detections": row["detections"]})
-        new.profile.add(row["detections"])
+        rows.append({**kept, "detections": image.detections})
+        new.profile.add(image.detections)
     new.fates[ACCEPTED] = len(rows)
     new.labels[ACCEPTED] = sum(len(row["detections"]) for row in rows)
     for start in range(0, len(rows), ROWS_PER_OBJECT):

@@ -4,7 +4,6 @@ An accepted image brings its bytes along, and so does one that waits for a perso
 empty, so that a version can be trained on, or corrected, whatever becomes of the input.
 """
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import chunks, versions, write
+from jobs import chunks, novelty, versions, write
 from jobs.chunks import Chunk
+from jobs.contents import CONTENT, content_digest
 from jobs.detect import FOOTER_WINDOW
-from jobs.novelty import CONTENT, content_digest, object_of
 from jobs.plan import Plan
 from jobs.read import Source, read_chunk
 from jobs.store import ObjectInfo, Store
@@ -49,7 +48,8 @@ class Stage:
         if rows:
             made = pa.Table.from_pylist(rows, schema=SCHEMAS[table])
             where = f"{self.folder}/{table}"
-            write.put_chunk(self.store, name, made, footer, where, write.TRAINING_ROWS_PER_GROUP)
+            group_rows = write.training_rows_per_group(made)
+            write.put_chunk(self.store, name, made, footer, where, group_rows)
 
     def put_contents(self, name: str, contents: pa.Table) -> None:
         """Write the digests of some images."""
@@ -67,8 +67,9 @@ class Sorted:
         fates: Images by the table that they went to; `audit` counts those accepted that are looked at, too.
         labels: Detections that were accepted, those that wait for a person, and those that were rejected.
         reasons: Images that were not accepted by reason (of errors the kind), and detections.
-        profile: Of the images that were not in error.
+        profile: Of the images; of those in error their number.
         objects: Rows of `versions.LISTING` but for size and etag.
+        unsettled: Objects of the input with an error that may pass.
     """
 
     images: int = 0
@@ -77,6 +78,7 @@ class Sorted:
     reasons: Counter[str] = field(default_factory=Counter)
     profile: Profile = field(default_factory=Profile)
     objects: list[Row] = field(default_factory=list)
+    unsettled: set[str] = field(default_factory=set)
 
     def merge(self, other: "Sorted") -> None:
         """Add the images of another."""
@@ -86,6 +88,7 @@ class Sorted:
         self.reasons += other.reasons
         self.profile.merge(other.profile)
         self.objects += other.objects
+        self.unsettled |= other.unsettled
 
 
 def sort(
@@ -121,6 +124,8 @@ def _sort_chunk(
         if row["status"] == "ok" and content is None:
             # It was there when it was predicted.
             row = {**row, "status": "error", "error": images["error"][number].as_py()}
+        if novelty.may_pass(row["error"]):
+            done.unsettled.add(novelty.object_of(chunk, row["shard"], row["key"]))
         image = {"bytes": content, "path": row["key"]} if row["status"] == "ok" else None
         _add(rows, done, {**row, "image": image}, judge(row, policy))
     for table, of_table in rows.items():
@@ -138,6 +143,8 @@ def _add(rows: Mapping[str, list[Row]], done: Sorted, row: Row, verdict: Verdict
     done.fates[verdict.fate] += 1
     if row["status"] == "ok":
         done.profile.add(kept)
+    else:
+        done.profile.failed += 1
     if reason is not None:
         done.reasons[reason.partition(":")[0]] += 1
     if verdict.fate == ACCEPTED:
@@ -169,8 +176,9 @@ def _contents(chunk: Chunk, rows: Iterable[Row], data: pa.ChunkedArray) -> pa.Ta
     found = [
         {
             "image_id": row["image_id"],
-            "object": object_of(chunk, row["shard"], row["key"]),
-            "digest": content_digest(content.as_py()),
+            "object": novelty.object_of(chunk, row["shard"], row["key"]),
+            # Like no other where it is to be tried again.
+            "digest": content_digest(None if novelty.may_pass(row["error"]) else content.as_py()),
         }
         for row, content in zip(rows, data, strict=True)
     ]
@@ -237,7 +245,7 @@ def replace_rows(
     stays: list[Row] = []
     touched: list[Row] = []
     for row in before.to_pylist():
-        may_hold = row["table"] in tables and _may_hold(row, ids)
+        may_hold = row["table"] in tables and versions.may_hold(row, ids)
         (touched if may_hold else stays).append(row)
     calls = ((stage, number, row, wanted) for number, row in enumerate(touched))
     for row, ((hit, done),) in zip(touched, in_order(_without, calls), strict=True):
@@ -246,11 +254,6 @@ def replace_rows(
         else:
             stays.append(row)
     return pa.Table.from_pylist(stays, schema=LISTING), taken
-
-
-def _may_hold(row: Row, ids: Sequence[str]) -> bool:
-    place = bisect_left(ids, row["first"])
-    return place < len(ids) and ids[place] <= row["last"]
 
 
 def _without(stage: Stage, number: int, row: Row, ids: pa.Array) -> list[tuple[bool, Sorted]]:
@@ -281,6 +284,8 @@ def _take_away(done: Sorted, table: str, rows: Iterable[Row]) -> None:
         done.images -= 1
         if row["status"] == "ok":
             done.profile.add(row["detections"] if table != REJECTED else (), times=-1)
+        else:
+            done.profile.failed -= 1
 
 
 def read(store: Store, row: Row, columns: Sequence[str] | None = None) -> pa.Table:

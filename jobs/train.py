@@ -14,7 +14,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs import checkpoints, feed, train_result, train_task, train_worker, write
+from jobs import checkpoints, feed, processor, train_result, train_task, train_worker, write
 from jobs.board import Board, watched
 from jobs.cluster import connect, resources
 from jobs.config import ConfigError
@@ -183,12 +183,6 @@ def _say_what_it_waits_for(least: int, quiet_s: float, *, gpus: bool) -> None:
     )
 
 
-def _arithmetic(precision: str, *, gpus: bool) -> str:
-    if precision == "bf16" and not gpus and not train_task.cpu_has_bf16():
-        return "bf16, which this processor only imitates: fp32 is many times as fast here"
-    return precision
-
-
 def _show_plan(
     config: TrainConfig, task: Task, workers: tuple[int, int], at: str | None, *, gpus: bool
 ) -> None:
@@ -206,7 +200,7 @@ def _show_plan(
                 f"{settings.arch}, {settings.min_size} to {settings.max_size} pixels",
             ),
             ("workers", f"{least}" if least == most else f"{least} to {most}"),
-            ("arithmetic", _arithmetic(config.precision, gpus=gpus)),
+            ("arithmetic", processor.in_words(config.precision, "fp32", gpus=gpus)),
             ("epochs", f"{config.epochs}, {config.batch_size} images of each worker at a time"),
         ],
     )

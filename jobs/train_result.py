@@ -16,12 +16,14 @@ from jobs.checkpoints import Checkpoint, Point
 from jobs.console import duration, facts
 from jobs.store import Store
 from jobs.train_config import TrainConfig
-from jobs.train_task import Task, described_by
+from jobs.train_task import Task
 from jobs.train_worker import CURVES
 from jobs.weights import save_bundle
 from segmodel.bundle import Bundle
 
 HISTORY, BUNDLE, TENSORBOARD = "history.json", "bundle", "tensorboard"
+# What a card says in other words, or what is nobody's business who gets the model.
+_PLACES = frozenset({"train", "val", "model", "output", "address", "endpoint_url"})
 
 
 def finish(
@@ -87,11 +89,25 @@ def _bundle(config: TrainConfig, task: Task, best: Checkpoint, scored: Mapping[s
             "validation set": task.val
             and f"{config.val}: {task.val.num_rows} images, digest {task.val.digest[:12]}",
             "step": best.steps,
-            "settings": described_by(config),
+            "settings": _settings(config, task, best.history),
         },
         metrics={"validation": scores} if scores else {},
         digest="",
     )
+
+
+def _settings(config: TrainConfig, task: Task, history: Sequence[Point]) -> dict[str, Any]:
+    """Return what the weights were trained with; instead of `auto` and of nothing, what it came to."""
+    network, each = task.bundle.settings, config.accumulate * config.batch_size
+    numbers = sorted({point["workers"] for point in history if "workers" in point})
+    asked = {name: value for name, value in asdict(config).items() if name not in _PLACES}
+    return asked | {
+        "arch": network.arch,
+        "min_size": network.min_size,
+        "max_size": network.max_size,
+        "norm": task.recipe.norm,
+        "workers": " or ".join(f"{n} ({n * each} images in a step)" for n in numbers),
+    }
 
 
 def _put_tensorboard(output: Store, history: Sequence[Point]) -> None:

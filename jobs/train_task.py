@@ -4,10 +4,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from jobs import training_set
 from jobs.config import ConfigError
+from jobs.processor import cpu_has_bf16
 from jobs.store import Store
 from jobs.train_config import TrainConfig
 from jobs.training_set import TrainingSet
@@ -72,11 +71,6 @@ def settled(config: TrainConfig, output: Store, *, gpus: bool) -> TrainConfig:
     return replace(config, precision="bf16" if gpus or cpu_has_bf16() else "fp32")
 
 
-def cpu_has_bf16() -> bool:
-    """Say whether this machine's processor multiplies bf16 itself."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def make(config: TrainConfig, *, gpus: bool) -> Task:
     """Look at the data and make the first weights.
 
@@ -106,7 +100,9 @@ def freeze(output: Store, config: TrainConfig, task: Task) -> None:
         ConfigError: The output belongs to another training; the message names the difference.
     """
     # Whatever the places are called now: what lies there has a digest.
-    settings = {n: v for n, v in described_by(config).items() if n not in ("train", "val", "model")}
+    settings = {
+        n: v for n, v in _described_by(config).items() if n not in ("train", "val", "model")
+    }
     described = settings | {
         "train data": task.train.digest,
         "val data": task.val and task.val.digest,
@@ -130,7 +126,7 @@ def freeze(output: Store, config: TrainConfig, task: Task) -> None:
         )
 
 
-def described_by(config: TrainConfig) -> dict[str, Any]:
+def _described_by(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that the result depends on."""
     return {name: value for name, value in asdict(config).items() if name not in FREE}
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from ray import cloudpickle
 
-from jobs import checkpoints, feed, validation
+from jobs import checkpoints, feed, training_set, validation
 from jobs.board import Entry
 from jobs.checkpoints import Checkpoint, Point
 from jobs.cluster import ClusterError
@@ -282,6 +282,7 @@ class _Training:
             "step": self.trainer.steps,
             "epoch": round(self._epoch(), 4),
             **found,
+            "workers": self.num_workers,
             "images_per_second": found["images"] / seconds,
         }
         if self.trainer.steps % self.log_every == 0:
@@ -307,7 +308,7 @@ class _Training:
         self.trainer.share_statistics()
         self._renew_statistics()
         bundle = replace(self.bundle, weights=self.trainer.weights(), digest="")
-        mine = val.chunks[self.rank :: self.num_workers]
+        mine = training_set.rows(val.chunks, self.rank, self.num_workers)
         matches, *others = self._gathered(
             validation.matches(mine, bundle, self.trainer.device, self.threads)
         )

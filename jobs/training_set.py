@@ -157,18 +157,42 @@ def read_chunk(chunk: RowGroup) -> pa.Table:
     return table
 
 
-def rows(chunks: Sequence[RowGroup]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of chunks, each a dictionary with the columns of `ROWS`.
+def rows(chunks: Sequence[RowGroup], part: int = 0, num_parts: int = 1) -> Iterator[dict[str, Any]]:
+    """Yield the rows of chunks, or a part of them, each a dictionary with the columns of `ROWS`.
 
     The next chunk is read while the rows of one are used.
+
+    Args:
+        chunks: Of a `TrainingSet`.
+        part: The number of the part. Parts follow one another, and are as long, give or take a row, however
+            the rows are grouped: a group is read for each part that has some of it.
+        num_parts: How many there are.
     """
     with ThreadPoolExecutor(1) as pool:
-        reads = (pool.submit(read_chunk, chunk) for chunk in chunks)
+        pieces = _pieces(chunks, part, num_parts)
+        reads = (pool.submit(_read_piece, *piece) for piece in pieces)
         ahead = next(reads, None)
         while ahead is not None:
             table, ahead = ahead.result(), next(reads, None)
             for batch in table.to_batches(max_chunksize=1):
                 yield batch.to_pylist()[0]
+
+
+def _pieces(
+    chunks: Sequence[RowGroup], part: int, num_parts: int
+) -> Iterator[tuple[RowGroup, int, int]]:
+    """Yield the chunks of a part, each with the first of its rows that are the part's and their number."""
+    total = sum(chunk.num_rows for chunk in chunks)
+    start, stop = total * part // num_parts, total * (part + 1) // num_parts
+    for chunk in chunks:
+        first, behind = max(start, 0), min(stop, chunk.num_rows)
+        if first < behind:
+            yield chunk, first, behind - first
+        start, stop = start - chunk.num_rows, stop - chunk.num_rows
+
+
+def _read_piece(chunk: RowGroup, first: int, num_rows: int) -> pa.Table:
+    return read_chunk(chunk).slice(first, num_rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,11 @@
 """What a network finds in a packed set, matched with the set's truth: one worker's part of an evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from jobs import training_set
-from jobs.training_set import RowGroup
 from segmodel import masks
 from segmodel.batching import ahead
 from segmodel.bundle import Bundle
@@ -20,12 +18,12 @@ DECODED_AHEAD = 2  # images for each decoding thread
 
 
 def matches(
-    chunks: Sequence[RowGroup], bundle: Bundle, device: torch.device, threads: int
+    rows: Iterable[dict[str, Any]], bundle: Bundle, device: torch.device, threads: int
 ) -> CocoMatches:
-    """Predict the images of a set's chunks, decoded ahead in threads, and match what is found.
+    """Predict the images of rows, decoded ahead in threads, and match what is found.
 
     Args:
-        chunks: A worker's part of `TrainingSet.chunks`.
+        rows: A worker's part of `training_set.rows`.
         bundle: The weights.
         device: Where they run.
         threads: For decoding.
@@ -35,7 +33,6 @@ def matches(
     waiting: dict[int, dict[str, Any]] = {}
 
     def decoded() -> Iterator[tuple[int, Image]]:
-        rows = training_set.rows(chunks)
         with ThreadPoolExecutor(threads) as pool:
             under_way = ahead(
                 lambda row: decode(row.pop("data")), rows, pool, DECODED_AHEAD * threads
@@ -48,8 +45,8 @@ def matches(
         truth = {**waiting.pop(number), "status": "ok"}
         assert found.mask_probs is not None
         rles = masks.encode(found.mask_probs, found.boxes_xyxy, found.size_hw)
-        rows = detection_rows(found, rles, bundle.by_label())
-        found_so_far.add(truth, {**truth, "detections": rows})
+        detections = detection_rows(found, rles, bundle.by_label())
+        found_so_far.add(truth, {**truth, "detections": detections})
     return found_so_far
 
 

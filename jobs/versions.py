@@ -10,6 +10,7 @@ version current until the next one is published.
 
 import io
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,9 +84,17 @@ class Version:
         """Say whether it was published as a candidate only."""
         return bool(self.manifest["status"] == CANDIDATE)
 
-    def table(self, name: str) -> Input:
-        """Return one of its tables as an input."""
+    def table(self, name: str, ids: Sequence[str] | None = None) -> Input:
+        """Return one of its tables as an input.
+
+        Args:
+            name: Of the table.
+            ids: Of images, sorted: only the objects that may have rows of these.
+        """
         listing = self.objects.filter(pa.compute.equal(self.objects["table"], name))
+        if ids is not None:
+            near = [may_hold(row, ids) for row in listing.select(["first", "last"]).to_pylist()]
+            listing = listing.filter(pa.array(near, pa.bool_()))
         return Input(
             store=self.store,
             format="parquet",
@@ -93,6 +102,7 @@ class Version:
             objects=listing.select(OBJECTS.names),
             notes=(),
             place=folder(self.number) if name == ACCEPTED else f"{folder(self.number)}/{name}",
+            categories=tuple(self.categories),
         )
 
 
@@ -174,15 +184,17 @@ def promote(dataset: Store, number: int, facts: Mapping[str, Any]) -> None:
         )
 
 
-def reviews_left_out(dataset: Store, number: int) -> list[int]:
-    """Return the versions with reviewed labels that a version does not build upon."""
-    made = {n: load(dataset, n) for n in range(1, latest(dataset) + 1)}
+def left_behind(dataset: Store, number: int) -> list[Version]:
+    """Return the published versions that a version does not build upon: a promotion went back behind them."""
+    if next(iter(dataset.list_objects(PROMOTIONS)), None) is None:
+        return []
+    made = {one.number: one for one in load_all(dataset)}
     built_upon: set[int] = set()
     step: int | None = number
     while step is not None:
         built_upon.add(step)
         step = made[step].manifest.get("parent")
-    return [n for n, one in made.items() if one.manifest.get("reviewed") and n not in built_upon]
+    return [one for n, one in made.items() if n not in built_upon and not one.is_candidate]
 
 
 def publish(dataset: Store, number: int, manifest: Mapping[str, Any]) -> bool:
@@ -240,6 +252,20 @@ def look_at_table(uri: str, endpoint_url: str | None) -> Input:
     return table
 
 
+def urls(uri: str, endpoint_url: str | None = None) -> list[str]:
+    """Return the Parquet objects of a table, for readers that know no versions: `datasets`, DuckDB, pandas.
+
+    Args:
+        uri: A data set, one of its versions, or a table of that; see `find`.
+        endpoint_url: See `storage.open_store`.
+
+    Raises:
+        InputError: There are none.
+    """
+    table = look_at_table(uri, endpoint_url)
+    return [table.store.url(path) for path in table.objects["path"].to_pylist()]
+
+
 def put_table(dataset: Store, path: str, table: pa.Table, *, once: bool = False) -> None:
     """Write a list beside the rows of a version.
 
@@ -280,6 +306,17 @@ def listing(
         for n, kind in zip(LISTING.names, LISTING.types, strict=True)
     ]
     return pa.table(arrays, schema=LISTING)
+
+
+def may_hold(row: Mapping[str, Any], ids: Sequence[str]) -> bool:
+    """Say whether an object may have rows of some images.
+
+    Args:
+        row: Of a listing.
+        ids: Of the images, sorted.
+    """
+    place = bisect_left(ids, row["first"])
+    return place < len(ids) and ids[place] <= row["last"]
 
 
 def folder(number: int) -> str:

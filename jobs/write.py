@@ -25,8 +25,9 @@ FOOTER_WINDOW = 64 * 2**10
 CHECKSUM = "crc32"
 # What pyarrow raises for a file that is damaged.
 _PARQUET_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
-# Training reads ranges of rows in a shuffled order, and a row group is the least that can be read.
-TRAINING_ROWS_PER_GROUP = 32
+# Training shuffles row groups, the least that can be read, and the rows of a window of them, which is bounded
+# in rows and bytes (`feed`): with both of these bounds it holds 16 groups or more, whatever the images' size.
+TRAINING_GROUP_ROWS, TRAINING_GROUP_BYTES = 32, 8 * 2**20
 # Times that another run may be faster in replacing a chunk's object.
 REPLACE_TRIES = 5
 
@@ -111,6 +112,12 @@ def put_chunk(
         output.put(path, data)
         return counts
     return found
+
+
+def training_rows_per_group(table: pa.Table) -> int:
+    """Return how many rows of a table, as large as they are on average, go into a row group for training."""
+    by_bytes = int(TRAINING_GROUP_BYTES * table.num_rows / max(table.nbytes, 1))
+    return max(1, min(TRAINING_GROUP_ROWS, by_bytes))
 
 
 def replace_rows(

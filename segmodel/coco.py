@@ -1,6 +1,5 @@
 """COCO files and the one schema: instances to rows of truth, rows to instances and to results."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
@@ -14,6 +13,10 @@ from segmodel.schema import Rle
 # Corners may lie outside of their image, as after a crop, but not further than so many times its longer
 # side: maskApi takes memory for every pixel of the way there, and soon computes with numbers that overflowed.
 _FURTHEST = 10
+
+# What the columns of the schema hold.
+_INT32_MAX = 2**31 - 1
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Record: TypeAlias = Mapping[str, Any]
 ImageIdOf: TypeAlias = Callable[[str], tuple[str, str]]  # file_name -> shard, key
@@ -36,10 +39,10 @@ def image_ids(coco: Record, image_id_of: ImageIdOf = shard_and_key) -> dict[str,
         name = image.get("file_name")
         if not isinstance(name, str) or not name:
             raise ValueError(f"image {number} has no file_name")
-        if not all(
-            _is_integer(image.get(side)) and image[side] > 0 for side in ("height", "width")
-        ):
-            raise ValueError(f"image {number} ({name!r}) has no height and width in whole pixels")
+        if not all(_is_side(image.get(side)) for side in ("height", "width")):
+            raise ValueError(
+                f"image {number} ({name!r}) has no height and width in whole pixels, 1 to {_INT32_MAX}"
+            )
         image_id = schema.image_id(*image_id_of(name))
         if image_id in ids:
             raise ValueError(f"images {ids[image_id]} and {number} are both {image_id!r}")
@@ -52,6 +55,7 @@ def rows(coco: Record, image_id_of: ImageIdOf = shard_and_key) -> Iterator[dict[
 
     Masks of every kind become compressed RLE; they stay null where there are boxes only. `area` is
     the file's, on which COCO's area ranges depend, and where it has none that of the mask or box.
+    Numbers are the file's; a table rounds boxes and areas to float32.
 
     Args:
         coco: The parsed JSON.
@@ -62,7 +66,7 @@ def rows(coco: Record, image_id_of: ImageIdOf = shard_and_key) -> Iterator[dict[
             found before the first row.
     """
     ids = image_ids(coco, image_id_of)
-    images, categories = _by_id(coco, "images"), _by_id(coco, "categories")
+    images, categories = _by_id(coco, "images"), _categories_by_id(coco)
     annotations: defaultdict[int, list[Record]] = defaultdict(list)
     for number, annotation in _by_id(coco, "annotations").items():
         for kind, known in (("image", images), ("category", categories)):
@@ -92,15 +96,17 @@ def categories(coco: Record) -> list[dict[str, Any]]:
     """Return `{"id", "name"}` of each category of a COCO file, by id, used or not.
 
     Raises:
-        ValueError: A category has no usable id or no name, or an id comes twice.
+        ValueError: A category has no usable id or no name, or one of them comes twice.
     """
-    found = []
-    for number, category in sorted(_by_id(coco, "categories").items()):
+    ids: dict[str, int] = {}
+    for number, category in sorted(_categories_by_id(coco).items()):
         name = category.get("name")
         if not isinstance(name, str) or not name:
             raise ValueError(f"category {number} has no name")
-        found.append({"id": number, "name": name})
-    return found
+        if name in ids:
+            raise ValueError(f"categories {ids[name]} and {number} are both {name!r}")
+        ids[name] = number
+    return [{"id": number, "name": name} for name, number in ids.items()]
 
 
 def instances(
@@ -208,6 +214,14 @@ def _by_id(coco: Record, kind: str) -> dict[int, Record]:
     return records
 
 
+def _categories_by_id(coco: Record) -> dict[int, Record]:
+    found = _by_id(coco, "categories")
+    for number in found:
+        if not -_INT32_MAX - 1 <= number <= _INT32_MAX:
+            raise ValueError(f"category {number}: its id does not fit in 32 bits")
+    return found
+
+
 def _detections(
     annotations: Iterable[Record], image: Record, categories: Mapping[int, Record]
 ) -> list[dict[str, Any]]:
@@ -245,7 +259,7 @@ def _detection(annotation: Record, image: Record, category: Record) -> dict[str,
 
 def _bbox(bbox: Any) -> list[float]:
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
-        raise ValueError(f"bad bbox {bbox!r}, not four numbers")
+        raise ValueError(f"bad bbox {bbox!r}, not four numbers in the range of float32")
     # COCO itself has boxes of no height.
     if min(bbox[2:]) < 0:
         raise ValueError(f"bad bbox {bbox!r}, of negative size")
@@ -326,11 +340,12 @@ def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_side(value: Any) -> bool:
+    return _is_integer(value) and 0 < value <= _INT32_MAX
+
+
 def _is_number(value: Any) -> bool:
-    """Say whether a value is a number that a float holds."""
+    """Say whether a value is a number in the range of float32."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    return abs(value) <= _FLOAT32_MAX

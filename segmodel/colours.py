@@ -1,12 +1,11 @@
 """Random changes of a sample's colours: brightness, contrast, saturation, hue, grey, inverted."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
-import numba
 import numpy as np
 
+from segmodel.kernels import compiled
 from segmodel.schema import Float32
 from segmodel.targets import Sample, UInt8
 
@@ -77,6 +76,4 @@ def _map_colours(image: UInt8, matrix: Float32, offset: Float32) -> UInt8:
 
 
 # NumPy needs more than twice as long: each of its steps goes through all pixels once.
-_mapped: Callable[[UInt8, Float32, Float32], UInt8] = numba.njit(
-    nogil=True, cache=True, fastmath=True
-)(_map_colours)
+_mapped = compiled(_map_colours, fastmath=True)

@@ -31,6 +31,7 @@ class Profile:
         categories: Labels by name.
         scores: Labels by twentieth of the score; those that a person made have none.
         sizes: Labels by the whole part of the logarithm (base 2) of their mask's pixels.
+        failed: Images that could not be read or predicted, and shards that could not be opened.
     """
 
     images: int = 0
@@ -38,6 +39,7 @@ class Profile:
     categories: Counter[str] = field(default_factory=Counter)
     scores: Counter[int] = field(default_factory=Counter)
     sizes: Counter[int] = field(default_factory=Counter)
+    failed: int = 0
 
     def add(self, labels: Iterable[Item], times: int = 1) -> None:
         """Add an image with its labels, or with `times=-1` take one away."""
@@ -54,6 +56,7 @@ class Profile:
         """Add the images of another; what was taken away there is taken away here."""
         self.images += other.images
         self.empty += other.empty
+        self.failed += other.failed
         for name in ("categories", "scores", "sizes"):
             mine: Counter[Any] = getattr(self, name)
             for key, number in getattr(other, name).items():
@@ -65,7 +68,7 @@ class Profile:
             name: {str(k): n for k, n in sorted(getattr(self, name).items()) if n}
             for name in ("categories", "scores", "sizes")
         }
-        return {"images": self.images, "empty": self.empty, **counts}
+        return {"images": self.images, "empty": self.empty, "failed": self.failed, **counts}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Profile":
@@ -73,6 +76,8 @@ class Profile:
         return cls(
             images=values["images"],
             empty=values["empty"],
+            # Versions made before 2026-11-28 did not count them.
+            failed=values.get("failed", 0),
             categories=Counter(values["categories"]),
             scores=Counter({int(key): n for key, n in values["scores"].items()}),
             sizes=Counter({int(key): n for key, n in values["sizes"].items()}),
@@ -103,6 +108,7 @@ def compare(before: Profile, now: Profile) -> dict[str, Distance]:
         "scores": (before.scores, now.scores),
         "sizes": (before.sizes, now.sizes),
         "empty_share": (_emptiness(before), _emptiness(now)),
+        "error_share": (_failures(before), _failures(now)),
     }
     return {
         name: distance(*both)
@@ -128,6 +134,10 @@ def distance(before: Mapping[Any, int], now: Mapping[Any, int]) -> Distance:
 
 def _emptiness(profile: Profile) -> dict[str, int]:
     return {"empty": profile.empty, "with labels": profile.images - profile.empty}
+
+
+def _failures(profile: Profile) -> dict[str, int]:
+    return {"in error": profile.failed, "read": profile.images}
 
 
 def _chi_squared_99(degrees: int) -> float:

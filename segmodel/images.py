@@ -178,6 +178,15 @@ def probe(data: bytes) -> tuple[int, int]:
     return _read_header(data).upright_hw
 
 
+def format_of(data: bytes) -> Format:
+    """Return what an image is, from the header alone.
+
+    Raises:
+        ImageError: The header cannot be read.
+    """
+    return _read_header(data).format
+
+
 def _read_header(data: bytes) -> Header:
     if not data:
         raise ImageError("empty", "zero bytes")

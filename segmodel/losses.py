@@ -3,7 +3,7 @@
 The mathematics are torchvision's `RegionProposalNetwork` and `RoIHeads` in training, part by part,
 with three differences. Losses come as sums with the counts to divide them by, so that workers which
 share a batch can divide by the counts of the whole batch. Masks are crops until RoIAlign reads
-them. What lies in a crowd is neither right nor wrong, as in COCO's evaluation.
+them. What lies in a crowd's box is neither right nor wrong.
 """
 
 from collections.abc import Sequence

@@ -12,13 +12,13 @@ is one.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from numba.extending import intrinsic
 
+from segmodel.kernels import kernel
 from segmodel.schema import Float32, Int64, Rle
 
 # COCO's counts are 32 bits wide.
@@ -41,7 +41,6 @@ _MAX_COUNT_BYTES = 7
 
 _ZERO, _HALF, _ONE, _INFINITY = np.float32(0), np.float32(0.5), np.float32(1), np.float32(np.inf)
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _Buffer = TypeVar("_Buffer", npt.NDArray[np.uint8], npt.NDArray[np.int64])
 
 
@@ -101,7 +100,8 @@ def encode(
     # torchvision's `expand_masks` with padding=1, and transposed: the work goes column by column.
     columns = np.zeros((num_masks, m + 2, m + 2), np.float32)
     columns[:, 1:-1, 1:-1] = mask_probs.transpose(0, 2, 1)
-    boxes = np.ascontiguousarray(boxes_xyxy)
+    # Of memory that cannot be written numba would make other kernels, which nothing has warmed up.
+    boxes = np.require(boxes_xyxy, requirements=["C", "W"])
     text, ends = _encode(columns, boxes, (height, width), np.float32(threshold))
     counts = text.tobytes().decode("ascii")
     return [
@@ -111,7 +111,7 @@ def encode(
 
 
 def warm_up() -> None:
-    """Compile the kernels (seconds), or load them from the cache (a fraction of one)."""
+    """Compile the kernels (seconds), or load them from the cache (a fraction of one); once is enough."""
     encode(np.ones((1, 1, 1), np.float32), np.zeros((1, 4), np.float32), (1, 1))
 
 
@@ -136,12 +136,6 @@ def _check(mask_probs: Any, boxes_xyxy: Any, size_hw: Any, threshold: float) -> 
         raise ValueError(f"threshold must be in 0..1, not {threshold}")
 
 
-def _kernel(function: _Function) -> _Function:
-    # No fastmath: the order and the rounding of every operation are the point.
-    compiled = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    return cast(_Function, compiled)
-
-
 def _fused_multiply_add(_context: Any, a: Any, _b: Any, _c: Any) -> Any:
     return a(a, a, a), lambda _context, builder, _signature, args: builder.fma(*args)
 
@@ -152,7 +146,7 @@ fused_multiply_add: Callable[[np.float32, np.float32, np.float32], np.float32] =
 )
 
 
-@_kernel
+@kernel
 def _encode(
     columns: Float32, boxes_xyxy: Float32, size_hw: tuple[int, int], threshold: np.float32
 ) -> tuple[npt.NDArray[np.uint8], Int64]:
@@ -169,7 +163,7 @@ def _encode(
     return text[:used], ends
 
 
-@_kernel
+@kernel
 def _with_room(buffer: _Buffer, used: int, more: int) -> _Buffer:
     """Return the buffer, or a copy of it that has room for so much more."""
     if used + more <= len(buffer):
@@ -180,7 +174,7 @@ def _with_room(buffer: _Buffer, used: int, more: int) -> _Buffer:
     return larger
 
 
-@_kernel
+@kernel
 def _write_counts(toggles: Int64, num_pixels: int, text: npt.NDArray[np.uint8], used: int) -> int:
     """Write one mask's run lengths as `rleToString` of COCO's maskApi.c; returns where they end."""
     previous, before, last = 0, 0, 0
@@ -201,7 +195,7 @@ def _write_counts(toggles: Int64, num_pixels: int, text: npt.NDArray[np.uint8], 
     return used
 
 
-@_kernel
+@kernel
 def _span(low: np.float32, high: np.float32, m: int) -> tuple[int, int]:
     """Expand one axis of a box for m source pixels, two of them padding, and cut it to pixels.
 
@@ -217,7 +211,7 @@ def _span(low: np.float32, high: np.float32, m: int) -> tuple[int, int]:
     return origin, int(min(max(last, -_FARTHEST), _FARTHEST)) + 1
 
 
-@_kernel
+@kernel
 def _place(box_xyxy: Float32, size_hw: tuple[int, int], m: int) -> tuple[_Axis, _Axis]:
     """Return the y and the x axis of a box, laid out as by torchvision's `paste_mask_in_image`."""
     left, right = _span(box_xyxy[0], box_xyxy[2], m)
@@ -231,7 +225,7 @@ def _place(box_xyxy: Float32, size_hw: tuple[int, int], m: int) -> tuple[_Axis, 
     )
 
 
-@_kernel
+@kernel
 def _source(axis: _Axis, pixel: int, m: int) -> tuple[int, int, np.float32]:
     """Return the two source pixels of a pixel, and the second one's weight.
 
@@ -250,7 +244,7 @@ def _source(axis: _Axis, pixel: int, m: int) -> tuple[int, int, np.float32]:
     return first, min(first + 1, m - 1), weight
 
 
-@_kernel
+@kernel
 def _trace(
     columns: Float32,
     box_xyxy: Float32,
@@ -276,7 +270,7 @@ def _trace(
     return toggles, count
 
 
-@_kernel
+@kernel
 def _rows(y_axis: _Axis, m: int) -> tuple[Int64, Float32]:
     """Return where on the canvas each source row's segment begins, and each canvas row's weight.
 
@@ -294,7 +288,7 @@ def _rows(y_axis: _Axis, m: int) -> tuple[Int64, Float32]:
     return segments, downs
 
 
-@_kernel
+@kernel
 def _certain(columns: Float32, threshold: np.float32) -> tuple[np.float32, np.float32]:
     """Return the values below and above which a segment's ends decide for all pixels between."""
     # The bounds on rounding hold in 0..1; outside of it, and for NaN, nothing is certain.
@@ -304,7 +298,7 @@ def _certain(columns: Float32, threshold: np.float32) -> tuple[np.float32, np.fl
     return threshold * (_ONE - _ROUNDING) - _TINY, threshold * (_ONE + _ROUNDING) + _TINY
 
 
-@_kernel
+@kernel
 def _blend(columns: Float32, sample: tuple[int, int, np.float32], column: Float32) -> None:
     left, right, to_right = columns[sample[0]], columns[sample[1]], sample[2]
     to_left = _ONE - to_right
@@ -312,7 +306,7 @@ def _blend(columns: Float32, sample: tuple[int, int, np.float32], column: Float3
         column[k] = fused_multiply_add(left[k], to_left, right[k] * to_right)
 
 
-@_kernel
+@kernel
 def _trace_column(
     mask: _Mask,
     column: Float32,
@@ -344,7 +338,7 @@ def _trace_column(
     return count
 
 
-@_kernel
+@kernel
 def _interpolate(
     columns: Float32, sample: tuple[int, int, np.float32], upper: int, down: np.float32
 ) -> np.float32:
@@ -358,7 +352,7 @@ def _interpolate(
     return fused_multiply_add(columns[right, lower], down * to_right, total)
 
 
-@_kernel
+@kernel
 def _toggle(toggles: Int64, count: int, position: int) -> int:
     if count and toggles[count - 1] == position:
         return count - 1

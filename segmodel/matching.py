@@ -1,7 +1,8 @@
 """Detections of one image against its truth, as COCO matches them.
 
 `judge` is pycocotools' COCOeval.evaluateImg for all area ranges and IoU thresholds at once, with
-its ways among ties, crowds and annotations that do not count.
+its ways among ties, crowds and annotations that do not count. There is one exception: pycocotools notes
+a match by the annotation's id, and so takes a match with the id 0 for none. Ids play no part here.
 https://github.com/cocodataset/cocoapi/blob/master/PythonAPI/pycocotools/cocoeval.py
 """
 

@@ -7,12 +7,12 @@ values for each channel.
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from segmodel.kernels import kernel
 from segmodel.masks import fused_multiply_add
 from segmodel.schema import Float32, Int64
 
@@ -46,7 +46,7 @@ class Resizer:
         _resize(pixels, self._table, row.numpy())
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _sources(length: int, size: int) -> tuple[Int64, Float32]:
     """Return for each of `size` outputs the first of two source pixels, and the second one's weight.
 
@@ -61,7 +61,7 @@ def _sources(length: int, size: int) -> tuple[Int64, Float32]:
     return first, weight
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _resize(pixels: npt.NDArray[np.uint8], table: Float32, out: Float32) -> None:
     """Fill out (3, h, w) from pixels (H, W, 3) by way of table (3, 256).
 

@@ -7,12 +7,12 @@ channels are side by side.
 
 from collections.abc import Mapping, Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
+from segmodel.kernels import kernel
 from segmodel.schema import Float32, Int64
 
 _HALF, _ZERO, _ONE, _TWO = np.float32(0.5), np.float32(0), np.float32(1), np.float32(2)
@@ -56,7 +56,7 @@ class RoIPool(nn.Module):
         return torch.from_numpy(pooled).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _pool(
     pixels: Float32,
     boxes_xyxy: Float32,
@@ -85,7 +85,7 @@ def _pool(
                     out[c] *= _QUARTER
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _axis(
     start: np.float32,
     stop: np.float32,
@@ -116,7 +116,7 @@ def _axis(
         weights[1, i] = share if inside else _ZERO
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _add(
     pixels: Float32, rows: Int64, columns: Int64, down: Float32, right: Float32, out: Float32
 ) -> None:

@@ -61,7 +61,7 @@ class Sample:
         image: (H, W, 3) uint8, RGB.
         labels: (N,) int64, the network's output index, 1 or more.
         masks: N crops.
-        crowds_xyxy: (C, 4) float32, pixels: regions of uncounted instances, where nothing that is
+        crowds_xyxy: (C, 4) float32, pixels: boxes of uncounted instances, where nothing that is
             found is wrong.
         scale: Pixels of this image for one of the image as it was stored.
     """
@@ -88,7 +88,8 @@ class Sample:
 def to_sample(row: Mapping[str, Any], image: UInt8, labels: Mapping[int, int]) -> Sample:
     """Make a sample of a row of truth.
 
-    Crowds become regions to be ignored, empty masks are left out. Boxes are those of the masks, not
+    Crowds become regions to be ignored: their boxes, of whatever category, where COCO's evaluation goes by
+    the crowd's mask and category. Empty masks are left out. Boxes are those of the masks, not
     those of the row, since they are to fit the masks after every transform.
 
     Args:

@@ -18,9 +18,9 @@ from torchvision.models.detection.image_list import ImageList
 
 from segmodel.bundle import Bundle
 from segmodel.freezing import freeze_norm, frozen_stages
-from segmodel.inference import SIZE_DIVISOR
 from segmodel.losses import LOSSES, LossSums, Target
 from segmodel.model import mask_rcnn
+from segmodel.network_input import SIZE_DIVISOR
 from segmodel.settings import MaskTargets, ModelSettings, Precision
 from segmodel.statistics import measure_statistics
 from segmodel.targets import Sample

@@ -10,11 +10,11 @@ rounds by 4e-3.
 
 import math
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segmodel.kernels import inlined, kernel
 from segmodel.schema import Float32
 
 # The transform of weights; those of inputs and outputs stand in `_spread` and `_gather`.
@@ -84,7 +84,7 @@ class WinogradConv2d(nn.Module):
         return out.permute(0, 3, 1, 2)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _place(tile: int, height: int, width: int) -> tuple[int, int, int]:
     """Return a tile's image, and the row and column of its first output."""
     down, across = (height + 3) // 4, (width + 3) // 4
@@ -96,7 +96,7 @@ def _place(tile: int, height: int, width: int) -> tuple[int, int, int]:
 # instructions.
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _read(pixels: Float32, top: int, left: int, c: int, tile: Float32) -> None:
     """Read 6 x 6 pixels of pixels (H, W, C) and a block of channels from c on; 0 where none are."""
     height, width, _ = pixels.shape
@@ -112,7 +112,7 @@ def _read(pixels: Float32, top: int, left: int, c: int, tile: Float32) -> None:
                     tile[at + k] = np.float32(0)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _spread(pixels: Float32, start: int, many: int, spread: Float32) -> None:
     """Transform inputs: pixels (N, H, W, C) to spread (36, many, C), tiles from `start` on."""
     _, height, width, channels = pixels.shape
@@ -131,7 +131,7 @@ def _spread(pixels: Float32, start: int, many: int, spread: Float32) -> None:
                     target[c + k] = tile[n * _BLOCK + k]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _six_to_six(tile: Float32, other: Float32, first: int, step: int) -> None:
     """Apply B transposed to six blocks that are `step` apart."""
     two, four, five = np.float32(2), np.float32(4), np.float32(5)
@@ -146,7 +146,7 @@ def _six_to_six(tile: Float32, other: Float32, first: int, step: int) -> None:
         other[k + 5 * step] = four * b - five * d + f
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _gather(
     product: Float32, bias: Float32, least: np.float32, start: int, many: int, out: Float32
 ) -> None:
@@ -167,7 +167,7 @@ def _gather(
             _write(tile, bias, least, out[image], (top, left, c))
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@kernel
 def _write(
     tile: Float32, bias: Float32, least: np.float32, out: Float32, corner: tuple[int, int, int]
 ) -> None:
@@ -180,7 +180,7 @@ def _write(
                 target[c + k] = max(tile[at + k] + bias[c + k], least)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _six_to_four(tile: Float32, other: Float32, first: int, step: int) -> None:
     """Apply A transposed to six blocks that are `step` apart."""
     two, four, eight = np.float32(2), np.float32(4), np.float32(8)

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ CHUNK_SIZE = 16
 # What a trained model finds in a busy picture; random weights find as many as are allowed.
 DETECTIONS = 20
 POLL_S = 0.2
+MEMORY_NOTE = "peak of anonymous memory (RssAnon) of one process, polled"
 CORES = len(psutil.Process().cpu_affinity())
 
 
-def cost(repeats: int = 2) -> None:
+def cost(repeats: int = 3) -> None:
     """Measure images/s of the job against the bare loop, in turns, for both sizes of model."""
     for arch, min_size, num_images in (
         ("small", 320, 300),
@@ -58,52 +59,73 @@ def _cost(arch: Architecture, min_size: int, num_images: int, repeats: int) -> N
             whole.append(num_images / (time.perf_counter() - started))
             steady.append(steady_rate(output))
     case = f"{arch} at {min_size} px, {num_images} scenes of 640x480, {DETECTIONS} detections"
-    note = f"median of {repeats}, bare loops and job in turns"
-    ratio = statistics.median(s / b for s, b in zip(steady, bare, strict=True))
-    like = statistics.median(s / b for s, b in zip(steady, two, strict=True))
+    turns = f"in {repeats} turns, bare loops and job by turns"
+    rates = {
+        "bare loop over Predictor": bare,
+        "bare loops, a process of one thread for each core": two,
+        "job, steady": steady,
+        "job, with start-up": whole,
+    }
     results.add(
         "job against bare loop",
         [
-            row(case, "bare loop over Predictor", statistics.median(bare), "images/s", note),
-            row(
+            *(_median(case, name, values, "images/s", turns) for name, values in rates.items()),
+            _median(case, "job, steady / bare loop", _ratios(steady, bare), "ratio", turns),
+            _median(
                 case,
-                "bare loops, a process of one thread for each core",
-                statistics.median(two),
-                "images/s",
-                note,
+                "job, steady / bare loops of its own layout",
+                _ratios(steady, two),
+                "ratio",
+                turns,
             ),
-            row(case, "job, steady", statistics.median(steady), "images/s", note),
-            row(case, "job, with start-up", statistics.median(whole), "images/s", note),
-            row(case, "job, steady / bare loop", ratio, "ratio", note),
-            row(case, "job, steady / bare loops of its own layout", like, "ratio", note),
         ],
     )
 
 
-def memory(sizes: tuple[int, ...] = (200, 2000)) -> None:
-    """Measure the peak memory of the driver and of each kind of worker for several numbers of images."""
+def _ratios(some: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(some, others, strict=True)]
+
+
+def _median(
+    case: str, measure: str, values: Sequence[float], unit: str, turns: str
+) -> dict[str, Any]:
+    note = f"{min(values):.3g} to {max(values):.3g} {turns}"
+    return row(case, measure, statistics.median(values), unit, note)
+
+
+def memory(sizes: tuple[int, ...] = (200, 2000), min_size: int = 64) -> None:
+    """Measure how memory and speed hold when images grow in number.
+
+    The peak memory of the driver and of each kind of worker, and images/s, for several numbers of images.
+    """
     peaks: dict[int, dict[str, float]] = {}
+    rates: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = make_bundle(folder / "model", min_size=64)
+        model = make_bundle(folder / "model", min_size)
         for num_images in sizes:
-            shards = folder / f"shards-{num_images}"
+            shards, output = folder / f"shards-{num_images}", folder / f"out-{num_images}"
             make_shards(shards, num_images, (480, 640))
-            peaks[num_images] = job(shards, folder / f"out-{num_images}", model, 4)
-    note = "peak of anonymous memory (RssAnon) of one process, polled"
-    rows = [
-        row(f"{num_images} images", f"peak of {role}", value, "MiB", note)
-        for num_images, roles in peaks.items()
-        for role, value in sorted(roles.items())
-    ]
-    first, last = peaks[sizes[0]], peaks[sizes[-1]]
-    rows += [
-        row(
-            f"{sizes[-1]} / {sizes[0]} images", f"peak of {role}", last[role] / first[role], "ratio"
-        )
-        for role in sorted(first)
-    ]
-    results.add("memory", rows)
+            peaks[num_images] = job(shards, output, model, 4)
+            rates[num_images] = steady_rate(output)
+    network = f"small at {min_size} px"
+    results.add("memory", _growth(network, "peak of {}", "MiB", peaks, MEMORY_NOTE))
+    steady = {num_images: {"job": rate} for num_images, rate in rates.items()}
+    results.add("linear cost", _growth(network, "{}, steady", "images/s", steady, "one run"))
+
+
+def _growth(
+    network: str, measure: str, unit: str, found: Mapping[int, Mapping[str, float]], note: str
+) -> Iterator[dict[str, Any]]:
+    """Yield rows for each number of images, and of what the most give against what the fewest do."""
+    for num_images, values in found.items():
+        case = f"{network}, {num_images} images"
+        for name, value in sorted(values.items()):
+            yield row(case, measure.format(name), value, unit, note)
+    fewest, most = min(found), max(found)
+    case = f"{network}, {most} / {fewest} images"
+    for name in sorted(found[fewest]):
+        yield row(case, measure.format(name), found[most][name] / found[fewest][name], "ratio")
 
 
 def row(case: str, measure: str, value: float, unit: str, note: str = "") -> dict[str, Any]:

@@ -1,10 +1,8 @@
-"""Paste, threshold and pycocotools against `segmodel.masks.encode`, one thread.
+"""Paste, threshold and pycocotools against `segmodel.masks.encode`, one thread."""
 
-python -m tests.bench.bench_masks
-"""
-
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from segmodel import masks
 from segmodel.schema import Float32, Rle
+from tests.bench import results
+from tests.bench.bench_job import row
 
 CASES = [
     ("480p", (480, 640), 30),
@@ -24,7 +24,7 @@ CASES = [
 MASK_SIZE = 28
 # The plain way pastes in groups of this size: 100 masks at 4K are 3.3 GB, twice while stacking.
 GROUP_BYTES = 512 << 20
-REPEATS = {"plain": 3, "direct": 15}
+REPEATS = {"plain": 5, "direct": 15}
 
 
 def detections(size_hw: tuple[int, int], num: int, seed: int = 0) -> tuple[Float32, Float32]:
@@ -53,42 +53,35 @@ def plain(mask_probs: Float32, boxes_xyxy: Float32, size_hw: tuple[int, int]) ->
     return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles]
 
 
-def best_ms(call: Callable[[], object], repeats: int) -> float:
+def encoding() -> None:
+    """Measure each case, and add the rows."""
+    torch.set_num_threads(1)
+    masks.warm_up()
+    for name, size_hw, num in CASES:
+        results.add("mask encoding", _rows(f"{name}, {num} masks, one thread", size_hw, num))
+
+
+def _rows(case: str, size_hw: tuple[int, int], num: int) -> Iterator[dict[str, Any]]:
+    arguments = (*detections(size_hw, num), size_hw)
+    pairs = zip(plain(*arguments), masks.encode(*arguments), strict=True)
+    equal = f"{sum(a == b for a, b in pairs)} of {num} masks equal to the byte"
+    slow = _milliseconds(lambda: plain(*arguments), REPEATS["plain"])
+    quick = _milliseconds(lambda: masks.encode(*arguments), REPEATS["direct"])
+    for measure, took in (
+        ("paste, threshold, pycocotools", slow),
+        ("segmodel.masks.encode", quick),
+    ):
+        spread = f"median of {len(took)}, {min(took):.4g} to {max(took):.4g}; {equal}"
+        yield row(case, measure, statistics.median(took), "ms", spread)
+    ratio = statistics.median(slow) / statistics.median(quick)
+    spread = f"of the medians; {min(slow) / max(quick):.3g} to {max(slow) / min(quick):.3g}"
+    yield row(case, "ratio", ratio, "ratio", f"{spread}; {equal}")
+
+
+def _milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
-
-
-def rows() -> list[dict[str, Any]]:
-    """Measure each case; returns a dictionary for each."""
-    torch.set_num_threads(1)
-    masks.warm_up()
-    table = []
-    for name, size_hw, num in CASES:
-        arguments = (*detections(size_hw, num), size_hw)
-        equal = sum(
-            a == b for a, b in zip(plain(*arguments), masks.encode(*arguments), strict=True)
-        )
-        plain_ms = best_ms(lambda a=arguments: plain(*a), REPEATS["plain"])
-        direct_ms = best_ms(lambda a=arguments: masks.encode(*a), REPEATS["direct"])
-        table.append(
-            {
-                "case": name,
-                "height": size_hw[0],
-                "width": size_hw[1],
-                "num_masks": num,
-                "num_equal": equal,
-                "plain_ms": round(plain_ms, 2),
-                "direct_ms": round(direct_ms, 3),
-                "ratio": round(plain_ms / direct_ms, 1),
-            }
-        )
-    return table
-
-
-if __name__ == "__main__":
-    for row in rows():
-        print(row)
+        times.append(1000 * (time.perf_counter() - start))
+    return times

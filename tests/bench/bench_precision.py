@@ -1,31 +1,33 @@
 """AP of each precision, and how far its masks are from those of fp32.
 
-`python -m tests.bench precision`: the shipped bundle on fresh scenes. With a trained bundle and packed sets,
-`python -m tests.bench.bench_precision BUNDLE SET`.
+`python -m tests.bench precision`: the shipped bundle on fresh scenes. With a trained bundle and a packed set,
+`python -m tests.bench.bench_precision BUNDLE SET`; and `... BUNDLE SET MIN_SIZE` for what decoding at a lower resolution
+costs on the set's photos, when the network takes them at MIN_SIZE pixels: half of a photo's shorter side or less.
 """
 
 import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 from PIL import Image
 
 from jobs import training_set
+from jobs.train_task import cpu_has_bf16
 from segmodel import coco, masks, scenes
 from segmodel.bundle import Bundle, load
 from segmodel.evaluation import evaluate
 from segmodel.images import MAX_PIXELS, Picture, decode, decode_reduced
 from segmodel.inference import Predictor
-from segmodel.schema import Rle, detection_rows
+from segmodel.schema import detection_rows
 from segmodel.settings import InferencePrecision, network_size
+from tests.bench import agreement as agreements
 from tests.bench import results
 from tests.bench.bench_job import row
 
@@ -34,8 +36,14 @@ DEMO_BUNDLE = Path(__file__).parents[2] / "jobs" / "demo_bundle"
 FRESH = range(5_000_000, 5_000_040)
 
 
-# A name, the arithmetic, and pictures.
-Way = tuple[str, InferencePrecision, Sequence[Any]]
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to predict: pictures, arithmetic, and whether `torch.compile` makes the network's programs."""
+
+    name: str
+    precision: InferencePrecision
+    images: Sequence[Any]
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +65,29 @@ def precision() -> None:
     )
 
 
-def packed(bundle: Path, folder: str) -> None:
+def packed(bundle: Path, folder: str, min_size: int | None = None) -> None:
     """Measure a trained bundle on a packed set, and add the rows."""
     chunks = training_set.load([folder], None).chunks
     found = [{**one, "status": "ok"} for one in training_set.rows(chunks)]
-    images = [decode(one["data"]) for one in found]
-    name = f"{Path(folder).name}, {len(images)} photos"
-    compare(load(bundle), Set(name=name, images=images, truth=found))
+    name = f"{Path(folder).name}, {len(found)} photos"
+    if min_size is None:
+        images = [decode(one["data"]) for one in found]
+        compare(load(bundle), Set(name=name, images=images, truth=found))
+    else:
+        reduce(_resized(load(bundle), min_size), name, [one["data"] for one in found], found)
 
 
 def compare(bundle: Bundle, pictures: Set) -> None:
-    """Score each precision, fp32 first."""
-    case = f"{bundle.settings.arch} at {bundle.settings.min_size} px, {pictures.name}"
-    ways: list[Way] = [(kind, kind, pictures.images) for kind in get_args(InferencePrecision)[1:]]
-    _measure(bundle, case, pictures.truth, ways)
+    """Score each precision, fp32 first, and those that are quick on this CPU once more compiled."""
+    images = pictures.images
+    ways = [
+        Way(name=kind, precision=kind, images=images) for kind in get_args(InferencePrecision)[1:]
+    ]
+    quick: list[InferencePrecision] = ["fp32-fast", *(["bf16"] if cpu_has_bf16() else [])]  # type: ignore[list-item]
+    ways += [
+        Way(name=f"{kind} compiled", precision=kind, images=images, compiled=True) for kind in quick
+    ]
+    _measure(bundle, f"{_network(bundle)}, {pictures.name}", pictures.truth, ways)
 
 
 def decoding() -> None:
@@ -78,18 +95,41 @@ def decoding() -> None:
     made = [_enlarged(scenes.scene(seed)) for seed in FRESH]
     truth = list(coco.rows(scenes.coco(made, [f"{number}.jpg" for number in range(len(made))])))
     files = [_jpeg(one.image) for one in made]
-    bundle = load(DEMO_BUNDLE)
+    reduce(load(DEMO_BUNDLE), f"scenes enlarged to {made[0].image.shape[:2]}", files, truth)
+
+
+def reduce(bundle: Bundle, name: str, files: Sequence[bytes], truth: Sequence[Any]) -> None:
+    """Score files decoded whole and reduced."""
     needed = partial(network_size, bundle.settings)
-    whole = [
-        Picture(decode(data), one.image.shape[:2]) for data, one in zip(files, made, strict=True)
-    ]
+    whole = [decode_reduced(data, MAX_PIXELS, None) for data in files]
     reduced = [decode_reduced(data, MAX_PIXELS, needed) for data in files]
-    case = f"{bundle.settings.arch} at {bundle.settings.min_size} px, scenes enlarged to {made[0].image.shape[:2]}"
-    ways: list[Way] = [
-        (f"fp32-fast, decoded to {pictures[0].pixels.shape[:2]}", "fp32-fast", pictures)
-        for pictures in (whole, reduced)
+    fewer = sum(a.pixels.shape != b.pixels.shape for a, b in zip(whole, reduced, strict=True))
+    if not fewer:
+        raise SystemExit("no photo is large enough to be reduced: give a smaller MIN_SIZE")
+    ways = [
+        Way(name="fp32-fast, decoded whole", precision="fp32-fast", images=whole),
+        Way(
+            name=f"fp32-fast, {fewer} of {len(files)} reduced to {_mean_share(whole, reduced):.2g} of their pixels",
+            precision="fp32-fast",
+            images=reduced,
+        ),
     ]
-    _measure(bundle, case, truth, ways)
+    _measure(bundle, f"{_network(bundle)}, {name}", truth, ways)
+
+
+def _mean_share(whole: Sequence[Picture], reduced: Sequence[Picture]) -> float:
+    """Return how many of the pixels are left in those that are reduced."""
+    shares = [b.pixels.size / a.pixels.size for a, b in zip(whole, reduced, strict=True)]
+    return float(np.mean([share for share in shares if share < 1]))
+
+
+def _network(bundle: Bundle) -> str:
+    return f"{bundle.settings.arch} at {bundle.settings.min_size} px"
+
+
+def _resized(bundle: Bundle, min_size: int) -> Bundle:
+    settings = replace(bundle.settings, min_size=min_size, max_size=2 * min_size)
+    return replace(bundle, settings=settings, digest="")
 
 
 def _enlarged(one: scenes.Scene, factor: int = 10) -> scenes.Scene:
@@ -111,50 +151,38 @@ def _measure(
     """Add rows for each way, whose masks are compared with those of the first."""
     torch.set_num_threads(1)
     reference: list[list[dict[str, Any]]] = []
-    for name, kind, images in ways:
-        started = time.process_time()
-        found = _predict(bundle, images, kind)
-        seconds = (time.process_time() - started) / len(found)
+    for way in ways:
+        seconds, found = _predict(bundle, way)
         reference = reference or found
         scores = evaluate(
             truth, [{**t, "detections": d} for t, d in zip(truth, found, strict=True)]
         )
-        note = _agreement(found, reference)
+        agreement = agreements.compare(list(zip(found, reference, strict=True)))
+        note = f"of the first's masks: {agreement}"
         measured = [("CPU seconds for an image", seconds, "s")]
         for what, metrics in (("mask", scores.mask), ("box", scores.box)):
             if metrics is not None:
                 measured += [(f"{what} AP", metrics.AP, "AP"), (f"{what} AP50", metrics.AP50, "AP")]
+        measured += agreement.figures()
+        name = way.name
         results.add("precision", [row(case, f"{name}, {m}", v, u, note) for m, v, u in measured])
 
 
-def _predict(
-    bundle: Bundle, images: Iterable[Any], kind: InferencePrecision
-) -> list[list[dict[str, Any]]]:
-    predictor, by_label = Predictor(bundle, "cpu", kind), bundle.by_label()
-    found = []
-    for image in images:
+def _predict(bundle: Bundle, way: Way) -> tuple[float, list[list[dict[str, Any]]]]:
+    """Return CPU seconds for an image, without building and compiling, and what is found."""
+    predictor = Predictor(bundle, "cpu", way.precision, compiled=way.compiled)
+    by_label, found = bundle.by_label(), []
+    masks.warm_up()
+    # Compiled with the first.
+    predictor.predict(way.images[:1])
+    started = time.process_time()
+    for image in way.images:
         (one,) = predictor.predict([image])
         assert one.mask_probs is not None
         rles = masks.encode(one.mask_probs, one.boxes_xyxy, one.size_hw)
         found.append(detection_rows(one, rles, by_label))
-    return found
-
-
-def _agreement(found: list[list[dict[str, Any]]], reference: list[list[dict[str, Any]]]) -> str:
-    """Say how the masks that were found first are met again: the same bytes, and the median of the best IoUs."""
-    equal, ious = 0, []
-    for some, wanted in zip(found, reference, strict=True):
-        rles: list[Rle] = [one["segmentation"] for one in some]
-        counts = {rle["counts"] for rle in rles}
-        equal += sum(one["segmentation"]["counts"] in counts for one in wanted)
-        if rles and wanted:
-            expected = [one["segmentation"] for one in wanted]
-            ious.append(coco_mask.iou(rles, expected, [0] * len(expected)).max(axis=0))
-    total = np.concatenate(ious) if ious else np.zeros(0)
-    return (
-        f"{equal} of {len(total)} masks of the first to the byte, median IoU {np.median(total):.4f}"
-    )
+    return (time.process_time() - started) / len(found), found
 
 
 if __name__ == "__main__":
-    packed(Path(sys.argv[1]), sys.argv[2])
+    packed(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:4]))

@@ -4,7 +4,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from segmodel.settings import Architecture, network_size
 from tests.bench import bench_masks, results
 from tests.bench.bench_job import row
 from tests.bench.bench_whole import SIZES, lively
+from tests.bench.memory import peak_mib
 
 REPEATS = 3
 PHOTOS = {"640x480": (480, 640), "12 megapixels": (3000, 4000)}
@@ -41,7 +42,7 @@ def stages() -> None:
         results.add("stages", _network(arch))
 
 
-def _pixels(name: str, size_hw: tuple[int, int]) -> Sequence[dict[str, Any]]:
+def _pixels(name: str, size_hw: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """Decode and transform a photo for R50 at 800 pixels."""
     file = io.BytesIO()
     small = Image.fromarray(scene(0, (480, 640)).image)
@@ -73,7 +74,7 @@ def _pixels(name: str, size_hw: tuple[int, int]) -> Sequence[dict[str, Any]]:
     )
 
 
-def _network(arch: Architecture) -> Sequence[dict[str, Any]]:
+def _network(arch: Architecture) -> Iterator[dict[str, Any]]:
     """Run the network, encode and write what it finds."""
     bundle = lively(arch)
     image = scene(1, (480, 640)).image
@@ -120,8 +121,8 @@ def _plain(model: Any, image: torch.Tensor) -> None:
         model([image])
 
 
-def _timed(case: str, calls: Mapping[str, Callable[[], object]]) -> list[dict[str, Any]]:
-    """CPU milliseconds of each call, in turns; the first turn does not count."""
+def _timed(case: str, calls: Mapping[str, Callable[[], object]]) -> Iterator[dict[str, Any]]:
+    """CPU milliseconds of each call, in turns, of which the first does not count; then each call's memory."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(REPEATS + 1):
         for name, call in calls.items():
@@ -129,13 +130,10 @@ def _timed(case: str, calls: Mapping[str, Callable[[], object]]) -> list[dict[st
             call()
             if turn:
                 took[name].append(1000 * (time.process_time() - started))
-    return [
-        row(
-            case,
-            name,
-            statistics.median(some),
-            "ms",
-            f"CPU time, {min(some):.3g} to {max(some):.3g}",
+    for name, some in took.items():
+        spread = f"CPU time, {min(some):.3g} to {max(some):.3g}"
+        yield row(case, name, statistics.median(some), "ms", spread)
+        peak = peak_mib(calls[name])
+        yield row(
+            case, f"{name}, memory at its peak", peak, "MiB", "resident, above before the call"
         )
-        for name, some in took.items()
-    ]

@@ -15,6 +15,8 @@ from ray.scripts.scripts import cli as ray_cli
 from tests.infra.rules import ROOT, VALUES
 
 TEXT = (ROOT / "infra" / "RUNBOOK.md").read_text()
+# Five times, and what is run then.
+CRON_LINE = re.compile(r"^(?:[\d*/,-]+ ){5}(.+)$", re.MULTILINE)
 KINDS = ("test", "head", "cloud")
 # Programs of blocks that need a cloud, and those of their verbs that are used; what they do is theirs.
 PROGRAMS: dict[str, set[str]] = {
@@ -85,26 +87,36 @@ class Shell:
         for folder in (self.folder / "bin", self.folder / "segjobs/.venv/bin"):
             folder.mkdir(parents=True)
             file = folder / "segjobs"
-            file.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{self.program}" "$@"\n')
+            start = f'exec {sys.executable} -c "{self.program}" "$@"'
+            file.write_text(f"#!/bin/sh\nexport PYTHONPATH={ROOT}\n{start}\n")
             file.chmod(0o755)
 
     def start(self, heading: str, number: int = 0) -> "subprocess.Popen[str]":
-        """Start a block of the kind `test`; a line of a crontab without its times."""
-        text = re.sub(r"^(?:[\d*/,-]+ ){5}", "", block(heading, "test", number).text)
-        return self.start_text(text)
+        """Start a block of the kind `test`; the line of a crontab as cron does, now."""
+        text = block(heading, "test", number).text
+        if not (line := CRON_LINE.search(text)):
+            return self.start_text(text)
+        # Of this shell's variables it has those that the crontab sets, here to the test's values.
+        given = dict(re.findall(r"^(\w+)=(.*)$", text[: line.start()], re.MULTILINE))
+        return self._start(
+            ["/bin/sh", "-c", line[1]],
+            {
+                "LOGNAME": "me",
+                "PATH": "/usr/bin:/bin",
+                **{name: self.environment.get(name, value) for name, value in given.items()},
+            },
+        )
 
     def start_text(self, text: str) -> "subprocess.Popen[str]":
         """Start any commands."""
+        path = f"{self.folder}/bin{os.pathsep}{os.environ['PATH']}"
+        return self._start(["bash", "-ec", text], {**os.environ, **self.environment, "PATH": path})
+
+    def _start(self, command: list[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            ["bash", "-ec", text],
+            command,
             cwd=self.folder,
-            env={
-                **os.environ,
-                **self.environment,
-                "HOME": str(self.folder),
-                "PATH": f"{self.folder}/bin{os.pathsep}{os.environ['PATH']}",
-                "PYTHONPATH": str(ROOT),
-            },
+            env={**environment, "HOME": str(self.folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -91,6 +91,31 @@ def test_a_command_parses_with_the_program_itself(
         assert prepare(line[line.index("--") + 1 :], VERBS).name.startswith("segjobs-")
 
 
+# What is started says its arguments, and the variables that it has.
+SAYS = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+
+
+def test_the_crontab_needs_nothing_of_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", "of-the-shell")
+    shell = runbook.Shell(tmp_path / "home", {}, SAYS)
+    code, said = shell.run("Label every night")
+    assert (code, said) == (0, "")
+    words, variables = json.loads((shell.folder / "label.log").read_text())
+    text = runbook.block("Label every night").text
+    given = dict(re.findall(r"^([A-Z_]+)=(.+)$", text, re.MULTILINE))
+    assert {name: variables[name] for name in given} == given
+    assert {"BUCKET", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} == set(
+        given
+    )
+    # Cron puts nothing into them.
+    assert not [value for value in given.values() if re.search(r"[$~%]", value)]
+    assert words[:3] == ["submit", "--", "label"]
+    assert words[words.index("--dataset") + 1] == f"s3://{given['BUCKET']}/labels/photos"
+    assert list(entrypoint_problems(shlex.join(["segjobs", *words]))) == []
+
+
 @pytest.mark.parametrize("command", ["segjobs submit --nowait -- predict", "segjobs status"])
 def test_a_wrong_command_would_be_found(command: str) -> None:
     assert list(entrypoint_problems(command))

@@ -1,6 +1,7 @@
 """What labels every night: a CronJob that starts a RayJob, the same as RayCronJob, and plain cron."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def test_the_alpha_resource_starts_the_same_job() -> None:
 def test_it_runs_on_the_cluster_of_the_other_jobs() -> None:
     (train,) = load((KUBERNETES / "train.yaml").read_text())
     assert ray_job()["spec"]["rayClusterSpec"] == train["spec"]["rayClusterSpec"]
+
+
+def test_a_gate_keeps_what_drifted_away_and_does_not_fail_the_job() -> None:
+    """A RayJob that fails is run again on new clusters, and so is the Job that waits for it."""
+    words = shlex.split(ray_job()["spec"]["entrypoint"])
+    assert 0 < float(words[words.index("--max-drift") + 1]) < 1
+    assert words[words.index("--held-exit-code") + 1] == "0"
 
 
 def test_nights_do_not_overlap_and_may_start() -> None:

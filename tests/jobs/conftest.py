@@ -16,6 +16,8 @@ from jobs.store import Store
 from segmodel import bundle, initial
 from segmodel.schema import TRAINING
 from segmodel.settings import ModelSettings
+from tests.jobs import labelling_place
+from tests.jobs.labelling_place import Place
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +37,19 @@ def _random_bundle(folder: Path, seed: int) -> Path:
     categories = initial.numbered_categories([(1, "person"), (3, "car")])
     bundle.save(folder, initial.random_bundle(settings, categories, seed))
     return folder
+
+
+@pytest.fixture
+def place(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_bundle: Path,
+    jpeg: Callable[..., bytes],
+    make_tar: Any,
+) -> Place:
+    """An input, a data set, and `label` between them, without Ray."""
+    labelling_place.without_ray(monkeypatch)
+    return Place(tmp_path, tiny_bundle, jpeg, make_tar)
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,11 @@ class Place:
         return {row["image_id"]: row for row in rows}
 
 
+def words(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said, however its lines were broken."""
+    return " ".join(capsys.readouterr().out.split())
+
+
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run tasks in this process, and let `predict` find what the bytes of an image decide."""
 
@@ -124,14 +129,15 @@ def _predict(arguments: list[str]) -> int:
         image_column=config.image_column,
     )
     for chunk in chunks.from_table(planned.chunks):
-        rows = [_row(image) for image in read.read_chunk(chunk, source).to_pylist()]
+        rows = [predicted(image) for image in read.read_chunk(chunk, source).to_pylist()]
         table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
         write.put_chunk(output, chunk.chunk_id, table, {})
     write.put_marks(output, {"counts": {}})
     return 0
 
 
-def _row(image: dict[str, Any]) -> dict[str, Any]:
+def predicted(image: dict[str, Any]) -> dict[str, Any]:
+    """A row as `predict` writes it."""
     data, error = image["data"], image["error"]
     if error is None and not data.startswith(b"\xff\xd8"):
         error = "unknown_format: no JPEG"

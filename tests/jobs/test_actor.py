@@ -1,6 +1,7 @@
 """The stages between reading and the output, called in this process."""
 
 import io
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +20,7 @@ from jobs.envelope import Envelope, seal, unseal
 from jobs.read import IMAGES
 from jobs.storage import open_store
 from segmodel import bundle, masks
-from segmodel.images import MAX_PIXELS, decode, decode_reduced
+from segmodel.images import MAX_PIXELS, Picture, decode, decode_reduced
 from segmodel.inference import Predictor
 from segmodel.schema import PREDICTIONS, Category, Detections
 
@@ -91,6 +92,26 @@ def test_detections_are_those_of_the_bare_predictor(
         assert (row["height"], row["width"]) == one.size_hw
         assert row["boxes_xyxy"] == one.boxes_xyxy.tobytes()
         assert row["mask_probs"] == one.mask_probs.tobytes()
+
+
+def test_a_model_on_a_cpu_is_loaded_when_it_has_run(
+    model: Model, actor: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    whole = Predictor._predict_batch
+
+    def run(self: Predictor, images: list[Picture], **options: Any) -> list[Detections]:
+        seen.append(len(images))
+        return whole(self, images, **options)
+
+    monkeypatch.setattr(Predictor, "_predict_batch", run)
+    fresh = Predict(model, actor.pool)
+    assert seen == []
+    # That picture is none of the job's.
+    assert fresh.predictor.on_batch is not None
+    assert seen == [1]
+    assert fresh.predictor is fresh.predictor
+    assert seen == [1]
 
 
 def test_large_jpegs_may_be_decoded_at_a_lower_resolution(
@@ -171,6 +192,31 @@ def test_rows_carry_rles_and_leave_labels_without_category_out(tmp_path: Path) -
     assert [d["segmentation"] for d in rows[0]["detections"]] == [rles[i] for i in (0, 1, 3, 4)]
     assert rows[2]["detections"] == []
     assert [d["segmentation"] for d in rows[3]["detections"]] == [None, None]
+
+
+def test_warming_up_does_not_count_as_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[int] = []
+
+    def warm_up() -> None:
+        warmed.append(1)
+        time.sleep(1)
+
+    monkeypatch.setattr(masks, "warm_up", warm_up)
+    masks.encode(np.ones((1, 28, 28), np.float32), np.zeros((1, 4), np.float32), (9, 9))
+    output = open_store(str(tmp_path / "masks"))
+    receipt = encode.encode_and_write(
+        raw_block(None, [None, detections(1)]), output, CATEGORIES, {}
+    )
+    (one,) = encode.receipts(receipt)
+    assert warmed == [1]
+    assert one.seconds["encode"] + one.seconds["write"] < 1
+    # Boxes alone need no kernels.
+    output = open_store(str(tmp_path / "boxes"))
+    found = [None, detections(1, with_masks=False)]
+    encode.encode_and_write(raw_block(None, found), output, CATEGORIES, {})
+    assert warmed == [1]
 
 
 def test_a_retry_replaces_only_its_rows(tmp_path: Path) -> None:

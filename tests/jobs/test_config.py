@@ -93,7 +93,9 @@ COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (PackConfig, "score_threshold"): {"predictions": "some text"},
     (TrainConfig, "scale_max"): {"scale_min": 0.25},
     (ExportConfig, "subset"): {"annotations": "some text"},
+    (LabelConfig, "reviewed_empty"): {"reviewed": "some text"},
     (ExportConfig, "image_prefix"): {"to": "labelstudio"},
+    (ExportConfig, "images"): {"to": "yolo-seg"},
 }
 
 
@@ -167,9 +169,12 @@ def test_the_printed_configuration_is_one(
                 (PackConfig, "annotations"),
                 (TrainConfig, "model"),
             ),
-            (ExportConfig, "image_prefix"),
+            *((ExportConfig, name) for name in ("image_prefix", "images")),
             (SubmitConfig, "stop"),
-            *((LabelConfig, name) for name in ("list", "show", "promote", "reviewed")),
+            *(
+                (LabelConfig, name)
+                for name in ("list", "show", "promote", "reviewed", "reviewed_empty")
+            ),
         )
     }
     arguments = as_arguments(class_, values)
@@ -285,6 +290,7 @@ BELOW_ONE = "must be 1 or more, not 0"
             "--image-prefix is of --to labelstudio",
         ),
         (ExportConfig, {"to": "labelstudio"}, "--to labelstudio needs --image-prefix"),
+        (ExportConfig, {"to": "coco-results", "images": "i"}, "coco-results names no image files"),
         (
             ExportConfig,
             {"to": "yolo-seg", "annotations": "a"},
@@ -370,8 +376,15 @@ def test_other_workers_are_refused(workers: str) -> None:
 def test_the_recipes_are_configurations_of_train(recipe: Path) -> None:
     found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
     # The small network, or what a bundle brings that is trained on.
-    assert found.arch == (None if recipe.name == "demo-fine.yaml" else "small")
+    assert found.arch == (None if recipe.name in ("demo-fine.yaml", "nuclei-r50.yaml") else "small")
     assert found.epochs == yaml.safe_load(recipe.read_text())["epochs"]
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "demo-fine.yaml"])
+def test_the_demos_arithmetic_is_the_same_on_every_machine(name: str) -> None:
+    recipe = Path(config.__file__).parent / "recipes" / name
+    found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
+    assert found.precision == "fp32"
 
 
 def test_several_values_of_a_flag_are_one_list(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 import io
+import json
 import time
 
 import pytest
 from rich.console import Console
 
-from jobs import console
+from jobs import console, logs
 from jobs.console import ImageProgress, TrainingProgress, duration, facts, size
 
 
@@ -117,8 +118,23 @@ def test_a_log_has_a_training_step_a_minute_and_every_evaluation(
         progress.show({"step": 3, "saved": True})
     lines = said.getvalue().splitlines()
     assert [line.split(" %")[0] for line in lines[:2]] == ["0", "30"]
-    assert "epoch 1.5 of 4, loss 2.000 (mask 0.750), 12.3 images/s" in lines[0]
+    assert lines[0].endswith("epoch 1.5 of 4, loss 2.000 (mask 0.750), 12.3 images/s")
+    # 30 % took 75 s.
+    assert lines[1].endswith("12.3 images/s, 2 min 55 s left")
     assert lines[2:] == ["epoch 2.0: mask AP 0.500, mask AP50 0.750, box AP 0.625"]
+
+
+def test_the_time_left_of_a_training_is_a_number_for_machines(
+    said: io.StringIO, clock: Clock
+) -> None:
+    with logs.using("json"), TrainingProgress(epochs=4) as progress:
+        # It goes on at 40 %, and once more from there.
+        for share in (0.4, 0.6, 0.4, 0.5):
+            progress.show(step(share))
+            clock.now += 100
+    lines = [json.loads(line) for line in said.getvalue().splitlines()]
+    assert [line.get("seconds_left") for line in lines] == [None, 200, None, 500]
+    assert [line["share"] for line in lines] == [0.4, 0.6, 0.4, 0.5]
 
 
 def test_a_terminal_gets_a_bar_for_a_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from jobs import feed, training_set
+from jobs import feed, training_set, write
 from jobs.envelope import unseal
 from jobs.feed import Recipe, Share
 from jobs.storage import open_store
@@ -19,7 +21,7 @@ from jobs.store import ChangedError
 from jobs.training_set import RowGroup, TrainingSet
 from jobs.windows import read_window
 from segmodel.augment import Augmentation
-from segmodel.order import Order
+from segmodel.order import Order, deal
 from segmodel.targets import Sample, TargetError, from_table
 
 NUM_ROWS, BATCH_SIZE = 67, 4
@@ -197,6 +199,35 @@ def test_windows_are_bounded_in_rows_and_bytes(packed: TrainingSet) -> None:
     assert window_chunks(32, 10**6) == 16
     assert window_chunks(32, 32 * 10**6) == 4
     assert window_chunks(10_000, 10**9) == 1
+
+
+@pytest.mark.parametrize("image_bytes", [2**16, 2**20, 4 * 2**20])
+def test_a_set_sorted_by_class_is_shuffled_whatever_the_size_of_its_images(
+    packed: TrainingSet, image_bytes: int
+) -> None:
+    num_classes, per_class = 20, 256
+    one = pa.table({"image": pa.array([bytes(image_bytes)], pa.large_binary())})
+    group_rows = write.training_rows_per_group(one)
+    groups = num_classes * per_class // group_rows
+    chunk = replace(packed.chunks[0], num_rows=group_rows, num_bytes=group_rows * image_bytes)
+    found = replace(
+        packed,
+        chunks=(chunk,) * groups,
+        num_rows=groups * group_rows,
+        num_bytes=groups * chunk.num_bytes,
+    )
+    order = feed.make_order(found, 4, 0)
+    steps = []
+    for window in order.windows(0, order.start(1)):
+        rows = np.concatenate([n * group_rows + np.arange(group_rows) for n in window.chunks])
+        dealt = deal(window, np.ones(len(rows), np.bool_), batch_size=4, seed=0)
+        batches = [rows[batch] // per_class for batch in dealt]
+        # Two workers with four images each.
+        pairs = zip(batches[::2], batches[1::2], strict=False)
+        steps += [len({*one, *other}) for one, other in pairs]
+    # Of eight images drawn from everything there would be 6.7 classes.
+    assert np.mean(steps) > 5
+    assert min(steps) > 1
 
 
 @pytest.mark.ray

@@ -21,21 +21,8 @@ from jobs.label_config import LabelConfig
 from jobs.storage import ArrowStore, open_store
 from segmodel.schema import TRAINING
 from tests.conftest import Bucket
-from tests.jobs import labelling_place
 from tests.jobs.conftest import put_shard, training_row
-from tests.jobs.labelling_place import POLICY, Place, found_in
-
-
-@pytest.fixture
-def place(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    tiny_bundle: Path,
-    jpeg: Callable[..., bytes],
-    make_tar: Any,
-) -> Place:
-    labelling_place.without_ray(monkeypatch)
-    return Place(tmp_path, tiny_bundle, jpeg, make_tar)
+from tests.jobs.labelling_place import POLICY, Place, found_in, words
 
 
 @pytest.fixture
@@ -47,11 +34,6 @@ def real_place(
     make_tar: Any,
 ) -> Place:
     return Place(tmp_path, tiny_bundle, jpeg, make_tar)
-
-
-def words(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said, however its lines were broken."""
-    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.ray
@@ -94,7 +76,8 @@ def test_what_is_new_becomes_the_next_version(
     # The first version is as it was.
     assert place.rows(1) == first
     assert manifest["parent"] == 1
-    assert set(manifest["drift"]) == {"class_mix", "scores", "sizes", "empty_share"}
+    kinds = {"class_mix", "scores", "sizes", "empty_share", "error_share"}
+    assert set(manifest["drift"]) == kinds
     profile = manifest["profile"]["all"]
     assert profile["images"] == 8
     assert sum(profile["scores"].values()) == sum(len(r["detections"]) for r in second.values())
@@ -124,14 +107,20 @@ def test_what_drifts_is_a_candidate_until_it_is_promoted(
     place.put("b.tar", {f"{n}.jpg": n for n in range(10, 18)})
     capsys.readouterr()
     assert place.label("--max-drift", "0.3") == 4
-    assert "over --max-drift" in words(capsys)
+    said = words(capsys)
+    assert "over --max-drift" in said
+    assert "ALERT: Version 2 is a candidate only, and nobody reads it: empty share moved" in said
     manifest = place.manifest(2)
     assert (manifest["status"], manifest["exceeded"]) == ("candidate", ["empty_share"])
     assert manifest["drift"]["empty_share"]["distance"] == 1
     assert manifest["counts"]["new"]["reasons"]["detections: score"] > 0
     # It waits, and is not made again.
     assert place.label("--max-drift", "0.3") == 4
-    assert "since the candidate 2, which waits" in words(capsys)
+    assert "ALERT: Nothing is new" in (said := words(capsys))
+    assert "since the candidate 2, which waits" in said
+    # As schedulers want it that run again what failed.
+    assert place.label("--max-drift", "0.3", "--held-exit-code", "0") == 0
+    assert "ALERT: " in words(capsys)
     assert main(["label", "--dataset", place.named(), "--list"]) == 0
     said = words(capsys)
     assert "current" in said
@@ -153,153 +142,25 @@ def test_what_drifts_is_a_candidate_until_it_is_promoted(
     assert "Version 2, candidate" in words(capsys)
 
 
-def export_queue(place: Place) -> tuple[Path, dict[str, Any]]:
-    """Make a version of which five images wait, and write their queue as COCO instances."""
-    place.policy("score_threshold: 1.0\nreview_from: 0.0\nmin_area: 1\nmax_per_image: 3\n")
-    members = [(f"{n}.jpg", place.jpeg(n)) for n in range(5)] + [("bad.jpg", b"no image")]
-    (place.root / "in" / "a.tar").write_bytes(place.make_tar(members))
-    assert place.label() == 0
-    out = place.root / "review.json"
-    places = ["--predictions", place.named("versions", "1", "review"), "--output", str(out)]
-    assert main(["export", *places, "--to", "coco-instances"]) == 0
-    file: dict[str, Any] = json.loads(out.read_text())
-    return out, {**file, "categories": [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]}
-
-
-def review(place: Place, out: Path, file: dict[str, Any]) -> int:
-    out.write_text(json.dumps(file))
-    return main(["label", "--dataset", place.named(), "--reviewed", str(out)])
-
-
-def test_reviewed_labels_win(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    out, file = export_queue(place)
-    waiting = place.rows(1, "review")
-    assert set(waiting) == {f"a.tar#{n}.jpg" for n in range(5)}
-    assert place.rows(1) == {}
-    (bad,) = (r for r in place.rows(1, "rejected").values() if r["reason"])
-    assert (bad["key"], bad["image"]) == ("bad.jpg", None)
-    # One image is left out. Of the others' labels the reviewer takes one out, renames one, adds one.
-    file["images"] = [one for one in file["images"] if not one["file_name"].endswith("/4.jpg")]
-    images = {one["id"] for one in file["images"]}
-    labels = [one for one in file["annotations"] if one["image_id"] in images]
-    # Below the three detections of each image.
-    square = [[1, 15, 1, 20, 6, 20, 6, 15]]
-    moved = {**labels[1], "category_id": 4 - labels[1]["category_id"]}
-    file["annotations"] = [
-        moved,
-        *labels[2:],
-        {**labels[2], "id": 999, "segmentation": square},
-    ]
-    # The reviewer's tool has counted the categories anew: names say which they are.
-    ids = {1: 0, 3: 1}
-    for one in file["annotations"]:
-        one["category_id"] = ids[one["category_id"]]
-    file["categories"] = [{**one, "id": ids[one["id"]]} for one in file["categories"]]
-    capsys.readouterr()
-    assert review(place, out, file) == 0
-    assert "the reviewer wins" in words(capsys)
-    assert place.manifest(2)["categories"] == place.manifest(1)["categories"]
-    assert place.manifest(2)["reviewed"]["counts"] == {
-        "images that were to review": 4,
-        "labels added": 1,
-        "labels kept": 10,
-        "labels of another category": 1,
-        "labels taken out": 1,
+def test_a_night_of_errors_is_a_candidate(place: Place) -> None:
+    place.put("a.tar", {f"{n}.jpg": n for n in range(20)})
+    assert place.label("--max-drift", "0.1") == 0
+    junk = place.make_tar([(f"{n}.jpg", b"no image %d" % n) for n in range(50)])
+    (place.root / "in" / "b.tar").write_bytes(junk)
+    assert place.label("--max-drift", "0.1") == 4
+    second = place.manifest(2)
+    assert (second["status"], second["exceeded"]) == ("candidate", ["error_share"])
+    # Nothing else of it can be compared.
+    assert second["drift"] == {
+        "error_share": {"distance": 1.0, "chance": pytest.approx(0.29, abs=0.01)}
     }
-    accepted = place.rows(2)
-    assert set(accepted) == {f"a.tar#{n}.jpg" for n in range(4)}
-    assert set(place.rows(2, "review")) == {"a.tar#4.jpg"}
-    assert sum(len(row["detections"]) for row in accepted.values()) == len(file["annotations"])
-    assert all(d["score"] is None for row in accepted.values() for d in row["detections"])
-    assert all(accepted[name]["image"] == waiting[name]["image"] for name in accepted)
-    assert review(place, out, file) == 0
-    assert "is in version 2" in words(capsys)
-
-    # The machine does not label them again: not when nothing is new, nor beside what is.
-    place.put("b.tar", {"9.jpg": 9})
+    assert second["profile"]["all"]["failed"] == 50
+    assert main(["label", "--dataset", place.named(), "--promote", "2"]) == 0
+    # Mended, they are errors no more.
+    place.put("b.tar", {f"{n}.jpg": 20 + n for n in range(50)})
     assert place.label() == 0
-    assert place.manifest(3)["counts"]["new"]["images"] == 1
-    assert {name: place.rows(3)[name] for name in accepted} == accepted
-    for number, said in (("3", False), ("1", True)):
-        capsys.readouterr()
-        assert main(["label", "--dataset", place.named(), "--promote", number]) == 0
-        assert ("does not build upon reviewed labels of version 2" in words(capsys)) is said
-
-
-def test_reviews_that_cannot_be_are_refused_and_later_ones_win(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, file = export_queue(place)
-    one = {"id": 77, "height": 24, "width": 32}
-    contrary = [{"id": 1, "name": "tree"}, {"id": 3, "name": "car"}]
-    for change, message, code in (
-        ({"images": [{**one, "file_name": "a.tar/none.jpg"}]}, "1 images of .* are not in", 1),
-        ({"images": [{**one, "file_name": "a.tar/0.jpg", "height": 25}]}, "has 24 x 32 pixels", 1),
-        ({"images": [{**one, "file_name": "a.tar/bad.jpg"}]}, "could not be read when", 1),
-        ({"categories": contrary}, "category 1 is 'person' in the data set and 'tree'", 2),
-        ({"images": [{"id": 1}]}, "is no COCO instances file: image 1 has no file_name", 1),
-    ):
-        assert review(place, out, {**file, "annotations": [], **change}) == code
-        assert re.search(message, capsys.readouterr().err)
-    bare = [{**file["annotations"][0], "segmentation": []}]
-    assert review(place, out, {**file, "annotations": bare}) == 1
-    assert "has boxes without masks" in capsys.readouterr().err
-
-    assert review(place, out, file) == 0
-    # Gone over once more, an image is empty.
-    (image,) = (i for i in file["images"] if i["file_name"] == "a.tar/2.jpg")
-    assert review(place, out, {**file, "annotations": [], "images": [image]}) == 0
-    first, second = place.rows(2), place.rows(3)
-    assert set(first) == set(second) == {f"a.tar#{n}.jpg" for n in range(5)}
-    changed = [name for name in first if first[name] != second[name]]
-    assert changed == ["a.tar#2.jpg"]
-    assert second["a.tar#2.jpg"]["detections"] == []
-    counts = place.manifest(3)["reviewed"]["counts"]
-    assert counts == {"images that were accepted": 1, "labels added": 0, "labels taken out": 3}
-    assert place.manifest(3)["profile"]["all"]["empty"] == 1
-
-
-def test_an_old_review_does_not_undo_a_newer_one(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, file = export_queue(place)
-    assert review(place, out, file) == 0
-    old = out.read_bytes()
-    # A second person takes all labels but one of an image out, and says nothing of the others.
-    (image,) = (i for i in file["images"] if i["file_name"] == "a.tar/2.jpg")
-    (label, *_) = (one for one in file["annotations"] if one["image_id"] == image["id"])
-    newer = {**file, "images": [image], "annotations": [label]}
-    assert review(place, out, newer) == 0
-    now = place.rows(3)
-    assert len(now["a.tar#2.jpg"]["detections"]) == 1
-    place.put("b.tar", {"9.jpg": 9})
-    assert place.label() == 0
-
-    store = open_store(place.named())
-    out.write_bytes(old)
-    capsys.readouterr()
-    assert main(["label", "--dataset", place.named(), "--reviewed", str(out)]) == 0
-    said = words(capsys)
-    assert "is in version 4 already, which builds upon version 2" in said
-    assert "what was imported or replaced since stays" in said
-    assert versions.latest(store) == 4
-    # Written by another tool, the same labels are another file, and change nothing either.
-    other = {**newer, "info": {"date_created": "later"}, "annotations": [{**label, "id": 5}]}
-    assert review(place, out, other) == 0
-    assert "version 4 says the same of its images" in words(capsys)
-    assert versions.latest(store) == 4
-
-    # Exported anew it is a new review, and the last one wins.
-    assert review(place, out, {**file, "info": {"date_created": "later"}}) == 0
-    assert place.manifest(5)["parent"] == 4
-    assert place.rows(5)["a.tar#2.jpg"] == place.rows(2)["a.tar#2.jpg"]
-
-    # Where a version without it was promoted, the old file is none of its past, and is imported.
-    out.write_bytes(old)
-    assert main(["label", "--dataset", place.named(), "--promote", "1"]) == 0
-    assert main(["label", "--dataset", place.named(), "--reviewed", str(out)]) == 0
-    assert place.manifest(6)["parent"] == 1
-    assert place.rows(6) == place.rows(2)
+    assert place.manifest(3)["profile"]["all"]["failed"] == 0
+    assert place.manifest(3)["profile"]["all"]["images"] == 70
 
 
 def test_who_is_second_starts_from_the_first(

@@ -28,7 +28,7 @@ from pycocotools.cocoeval import COCOeval
 
 from jobs import demo, plan, versions
 from jobs.__main__ import main
-from jobs.novelty import content_digest
+from jobs.contents import content_digest
 from jobs.storage import open_store
 from jobs.versions import ACCEPTED, CONTENTS, REJECTED, REVIEW
 from segmodel import bundle, scenes
@@ -155,9 +155,10 @@ def wait_for_predictions(story: Story, process: "subprocess.Popen[bytes]", name:
 def histograms(rows: Iterable[Mapping[str, Any]]) -> dict[str, Counter[Any]]:
     """What drift is measured of, as the README says it."""
     found: dict[str, Counter[Any]] = {
-        name: Counter() for name in ("class_mix", "scores", "sizes", "empty_share")
+        name: Counter() for name in ("class_mix", "scores", "sizes", "empty_share", "error_share")
     }
     for row in rows:
+        found["error_share"][row["status"]] += 1
         found["empty_share"][not row["detections"]] += 1
         for one in row["detections"]:
             found["class_mix"][one["category"]] += 1

@@ -349,6 +349,34 @@ def test_annotations_without_a_mask_among_others_are_named() -> None:
     )
 
 
+def add(annotation: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda file: file["annotations"].append(annotation)
+
+
+MALFORMED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    r"annotations\[\d+\] has no whole number as its id": add({"image_id": 1, "category_id": 1}),
+    r"annotations\[\d+\] has no whole": add(None),
+    "no list of annotations": lambda file: file.update(annotations={"id": 1}),
+    "has no list of annotations": lambda file: file.pop("annotations"),
+    "image 1 .* has no height and width": lambda file: file["images"][0].update(height=2**31),
+    "category 2147483648: its id": lambda file: file["categories"][0].update(id=2**31),
+    "annotation 5000 of image 1: bad bbox .*1e.300": add(
+        {"id": 5000, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1e300, 1]}
+    ),
+    "categories 1 and 99 are both": lambda file: file["categories"].append(
+        {"id": 99, "name": file["categories"][0]["name"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MALFORMED)
+def test_malformed_records_are_named_before_anything_is_read_of_them(message: str) -> None:
+    file, _ = truth(4)
+    MALFORMED[message](file)
+    with pytest.raises(PackError, match=f"truth.json: .*{message}"):
+        parsed(file)
+
+
 def test_masks_without_a_pixel_are_said() -> None:
     file, _ = truth(4)
     assert parsed(file).notes == ()

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs import pipeline
+from jobs import pipeline, processor
 from jobs.__main__ import main
 from jobs.storage import open_store
 from segmodel import scenes
@@ -210,6 +210,10 @@ def test_marks_and_manifest_say_what_was_done(
     assert manifest["counts"]["detections"] == DETECTIONS * (len(photos) - 3)
     assert manifest["job"]["max_detections"] == DETECTIONS
     assert manifest["run"]["images_per_second"] > 0
+    # So few chunks have no steady state.
+    assert manifest["run"]["busy"].keys() == {"read", "decode", "network", "encode", "write"}
+    assert manifest["run"]["busy"]["network"] > 0
+    assert manifest["run"]["busy_with_start"] is True
     assert manifest["versions"].keys() >= {"ray", "torch", "torchvision", "segjobs"}
     assert store.read("_SUCCESS") == b""
 
@@ -428,11 +432,15 @@ def test_retry_errors_redoes_only_rows_in_error(
     assert manifest["counts"]["images"] == len(photos)
 
 
-def test_boxes_only_and_limit(tmp_path: Path, local_table: Path, tiny_bundle: Path) -> None:
+def test_boxes_only_and_limit(
+    tmp_path: Path, local_table: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = str(tmp_path / "boxes")
     assert (
         predict(f"{local_table}/tars", output, tiny_bundle, "--tasks", "boxes", "--limit", "8") == 0
     )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "start-up included (too few chunks for a steady state)" in said
     rows = rows_of(output)
     full = by_name(rows_of(f"{local_table}/out"))
     assert len(rows) == 8
@@ -461,6 +469,22 @@ def test_plan_only_writes_nothing(
     assert "22" in said
     assert "3 objects (webdataset)" in said
     assert not output.exists()
+
+
+def test_a_plan_says_where_an_arithmetic_is_only_imitated(
+    tmp_path: Path,
+    local_table: Path,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for has_bf16 in (False, True):
+        monkeypatch.setattr(processor, "cpu_has_bf16", lambda has=has_bf16: has)
+        more = ("--plan-only", "--precision", "bf16")
+        assert predict(f"{local_table}/tars", str(tmp_path / "out"), tiny_bundle, *more) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("bf16, which this processor only imitates: fp32-fast" in said) is not has_bf16
+        assert "bf16" in said
 
 
 def test_an_output_within_the_input_is_refused(

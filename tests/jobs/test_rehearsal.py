@@ -1,7 +1,6 @@
 """`label --dry-run` says what a run does, which the run then does; and gates that are loosened."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,7 @@ from jobs import labelling, sorting, versions
 from jobs.__main__ import main
 from jobs.label_config import LabelConfig
 from jobs.storage import open_store
-from tests.jobs import labelling_place
 from tests.jobs.labelling_place import POLICY, Place
-
-
-@pytest.fixture
-def place(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    tiny_bundle: Path,
-    jpeg: Callable[..., bytes],
-    make_tar: Any,
-) -> Place:
-    labelling_place.without_ray(monkeypatch)
-    return Place(tmp_path, tiny_bundle, jpeg, make_tar)
 
 
 def tree(place: Place) -> dict[str, int]:
@@ -176,3 +162,45 @@ def test_a_candidate_does_not_wait_for_a_gate_that_lets_it_pass(
     assert {name: tree(place)[name] for name in predicted} == predicted
     assert place.label("--max-drift", loose) == 0
     assert versions.latest(open_store(place.named())) == 3
+
+
+def test_what_was_rolled_back_is_not_made_again_by_the_next_night(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.put("a.tar", {f"{n}.jpg": n for n in range(4)})
+    assert place.label() == 0
+    place.put("b.tar", {f"{n}.jpg": n + 20 for n in range(4)})
+    assert place.label() == 0
+    assert main(["label", "--dataset", place.named(), "--promote", "1"]) == 0
+    said = rehearse(place, capsys)
+    assert "publish nothing: version 2, whose labels it would make again, was rolled back" in said
+    for more in ({}, {"c.tar": 40}):
+        for name, seed in more.items():
+            place.put(name, {"0.jpg": seed})
+        assert place.label() == 4
+        said = " ".join(capsys.readouterr().out.split())
+        assert "Version 2 was rolled back, and this run would label its images" in said
+        assert versions.latest(open_store(place.named())) == 2
+    # Without its images, or by another policy, it is not what was rolled back.
+    (place.root / "in" / "b.tar").rename(place.root / "b.tar")
+    assert place.label() == 0
+    assert set(place.rows(3)) == {*place.rows(1), "c.tar#0.jpg"}
+    (place.root / "b.tar").rename(place.root / "in" / "b.tar")
+    assert place.label() == 4
+    place.policy(POLICY.replace("max_per_image: 5", "max_per_image: 1"))
+    assert place.label() == 0
+    assert place.manifest(4)["parent"] == 3
+    assert all(len(row["detections"]) == 1 for name, row in place.rows(4).items() if name[0] == "b")
+
+
+def test_a_version_that_is_promoted_again_is_gone_on_from(place: Place) -> None:
+    for number, name in enumerate("ab"):
+        place.put(f"{name}.tar", {"0.jpg": number})
+        assert place.label() == 0
+    for number in ("1", "2"):
+        assert main(["label", "--dataset", place.named(), "--promote", number]) == 0
+    assert place.label() == 0
+    assert versions.latest(open_store(place.named())) == 2
+    place.put("c.tar", {"0.jpg": 5})
+    assert place.label() == 0
+    assert place.manifest(3)["parent"] == 2

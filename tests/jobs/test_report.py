@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs.__main__ import main
-from jobs.pictures import Picture, Wanted, fetch
+from jobs.pictures import Picture, Wanted, fetch, open_images
 from jobs.storage import open_store
 from jobs.survey import Picks, certainty
 from tests.jobs.report_tables import (
@@ -254,8 +254,8 @@ def test_images_of_a_shard_are_found_without_a_plan(tmp_path: Path) -> None:
         Wanted(row=5, image_id="b.tar#1.jpg", shard="b.tar", key="1.jpg", path="x", position=0),
         Wanted(row=9, image_id="c.tar#1.jpg", shard="c.tar", key="1.jpg", path="x", position=1),
     ]
-    fetched = fetch(wanted, str(tmp_path / "shards"), open_store(str(tmp_path)), None)
-    found = {one.row: one for one in fetched}
+    images = open_images(str(tmp_path / "shards"), open_store(str(tmp_path)), None)
+    found = {one.row: one for one in fetch(wanted, images)}
     assert found[5] == Picture(5, expected)
     assert (found[9].error or "").startswith("missing: ")
     assert Image.open(io.BytesIO(expected)).size == (16, 16)

@@ -57,6 +57,33 @@ def test_rows_are_found_and_read_as_they_were_packed(tmp_path: Path, put_packed:
     assert list(training_set.rows(())) == []
 
 
+@pytest.mark.parametrize(("num_rows", "num_parts"), [(27, 2), (27, 7), (3, 5)])
+def test_parts_are_as_long_however_rows_are_grouped(
+    tmp_path: Path, put_packed: PutPacked, num_rows: int, num_parts: int
+) -> None:
+    rows = put_packed(open_store(str(tmp_path)), num_rows, group_rows=8)
+    chunks = load([str(tmp_path)], None).chunks
+    parts = [list(training_set.rows(chunks, part, num_parts)) for part in range(num_parts)]
+    assert [row for part in parts for row in part] == expected(rows)
+    assert {len(part) for part in parts} <= {num_rows // num_parts, num_rows // num_parts + 1}
+
+
+def test_of_many_groups_a_part_reads_its_own(
+    tmp_path: Path, put_packed: PutPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_packed(open_store(str(tmp_path)), 40)
+    chunks = load([str(tmp_path)], None).chunks
+    read: list[Any] = []
+
+    def noted(chunk: training_set.RowGroup) -> pa.Table:
+        read.append(chunk)
+        return read_chunk(chunk)
+
+    monkeypatch.setattr(training_set, "read_chunk", noted)
+    assert len(list(training_set.rows(chunks, 1, 2))) == 20
+    assert tuple(read) == chunks[4:]
+
+
 def test_a_set_on_s3_is_read_by_ranges(bucket: Any, put_packed: PutPacked) -> None:
     rows = put_packed(bucket.store("set"), 100, shard_rows=90, group_rows=30)
     found = load([f"{bucket.uri}/set"], bucket.endpoint_url)

@@ -112,6 +112,15 @@ def test_a_chunk_with_images_goes_to_its_folder(output: Store) -> None:
     assert found.schema.metadata[b"segjobs.run_id"] == b"r"
 
 
+@pytest.mark.parametrize(
+    ("image_bytes", "rows"), [(10, 32), (2**20, 7), (5 * 2**20, 1), (2**24, 1)]
+)
+def test_row_groups_for_training_are_bounded_in_rows_and_bytes(image_bytes: int, rows: int) -> None:
+    one = {**row("a"), "image": {"bytes": bytes(image_bytes), "path": "a"}}
+    training = pa.Table.from_pylist([one] * 4, schema=TRAINING)
+    assert write.training_rows_per_group(training) == rows
+
+
 def test_row_groups_are_as_small_as_asked(output: Store) -> None:
     write.put_chunk(output, "7", table(*ROWS), {"of": "1"}, "shards", rows_per_group=2)
     footer = pq.read_metadata(io.BytesIO(output.read("shards/7.parquet")))

@@ -133,6 +133,12 @@ BAD_FILES = {
     ),
     "image 1 has no file_name": lambda file: file["images"][0].pop("file_name"),
     "image 1 .* no height and width": lambda file: file["images"][0].update(width=0),
+    r"image 1 \('a/b/c.jpg'\) has no height and width .* 1 to 2147483647": lambda file: file[
+        "images"
+    ][0].update(height=2**31),
+    "category 1099511627776: its id does not fit": lambda file: file["categories"].append(
+        {"id": 2**40}
+    ),
     "annotation 7 is of image 9,": change(image_id=9),
     "annotation 7 has the category_id None, no whole": change(category_id=None),
     "annotation 7 has the category_id 3.0, no whole": change(category_id=3.0),
@@ -142,7 +148,12 @@ BAD_FILES = {
     "annotation 7 .* bad bbox .*000.*, not four": change(bbox=[1, 2, 3, 10**400]),
     "annotation 7 .* bad bbox .* not four": change(bbox=[1, 2, 3, float("nan")]),
     "annotation 7 .* bad bbox .* negative": change(bbox=[1, 2, 3, -1]),
-    "annotation 7 .* bad area": change(area=-1),
+    r"annotation 7 .* bad bbox .*1e.300.* float32": change(bbox=[1, 2, 1e300, 4]),
+    "annotation 7 .* bad area -1": change(area=-1),
+    r"annotation 7 .* bad area 1e.39": change(area=1e39),
+    r"annotation 7 .* bad area 1\S*e.60": change(
+        area=None, segmentation=None, bbox=[1, 2, 1e30, 1e30]
+    ),
     "annotation 7 .* bad iscrowd 2": change(iscrowd=2),
     r"its mask is of size \[30, 20\], the image of \[20, 30\]": mask_of([WIDTH, HEIGHT], "0"),
     "its mask is of size None": change(segmentation={}),
@@ -248,6 +259,15 @@ class TestCategories:
     def test_without_a_name_are_refused(self, name):
         with pytest.raises(ValueError, match="category 3 has no name"):
             coco.categories({"categories": [{"id": 3, "name": name}]})
+
+    def test_of_one_name_are_refused(self):
+        twice = [{"id": 3, "name": "cat"}, {"id": 1, "name": "cat"}]
+        with pytest.raises(ValueError, match="categories 1 and 3 are both 'cat'"):
+            coco.categories({"categories": twice})
+
+    def test_with_an_id_that_the_table_does_not_hold_are_refused(self):
+        with pytest.raises(ValueError, match="category 1099511627776: its id"):
+            coco.categories({"categories": [{"id": 2**40, "name": "cat"}]})
 
 
 @pytest.mark.parametrize("path", ANNOTATION_FILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")

@@ -64,7 +64,20 @@ def test_what_one_side_has_nothing_of_is_not_compared() -> None:
     assert compare(before, now) == {}
     before.add([label()])
     now.add([])
-    assert set(compare(before, now)) == {"empty_share"}
+    assert set(compare(before, now)) == {"empty_share", "error_share"}
+    assert compare(before, now)["error_share"].distance == 0
     assert compare(before, now)["empty_share"].distance == pytest.approx(1)
     now.add([label("dog", None)])
-    assert set(compare(before, now)) == {"class_mix", "sizes", "empty_share"}
+    assert set(compare(before, now)) == {"class_mix", "sizes", "empty_share", "error_share"}
+
+
+def test_the_share_in_error_is_compared_where_nothing_could_be_read() -> None:
+    before, now = Profile(), Profile(failed=3)
+    before.add([label()])
+    assert set(compare(before, now)) == {"error_share"}
+    assert compare(before, now)["error_share"].distance == pytest.approx(1)
+    assert Profile.from_dict(now.to_dict()) == now
+    now.merge(Profile(failed=-3))
+    assert compare(before, now) == {}
+    old = {name: value for name, value in now.to_dict().items() if name != "failed"}
+    assert Profile.from_dict(old).failed == 0

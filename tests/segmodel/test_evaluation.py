@@ -224,6 +224,20 @@ class TestParity:
         assert evaluation.num_truth == sum(len(row["detections"]) for row in truth)
         assert evaluation.num_predictions == sum(len(row["detections"]) for row in predictions[3:])
 
+    def test_an_annotation_with_the_id_0_is_found_though_pycocotools_loses_it(self):
+        mask = ellipse(np.array([20, 30, 60, 50]))
+        item = {"category_id": 1, "bbox": [20, 30, 60, 50], "segmentation": mask}
+        file = {
+            "images": [{"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH}],
+            "annotations": [{**item, "id": 0, "image_id": 1, "area": 3000, "iscrowd": 0}],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+        (truth,) = coco.rows(file)
+        found = {**truth, "detections": [{**truth["detections"][0], "score": 0.5}]}
+        results = coco.results([found], coco.image_ids(file))
+        assert stock(file, results, "bbox").stats[0] == 0
+        assert pytest.approx(1) == evaluate([truth], [found]).box.AP
+
     @pytest.mark.parametrize(
         "path", ANNOTATION_FILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}"
     )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from segmodel import images
-from segmodel.images import ImageError, decode, probe
+from segmodel.images import ImageError, decode, format_of, probe
 
 HARD = Path(__file__).parents[2].parent / "shared" / "data" / "hard"
 
@@ -114,6 +114,7 @@ def test_formats_and_variants_give_the_same_picture(name: str) -> None:
         image.astype(int), PICTURE, atol=100 if "jpeg" in name or name in ("mpo", "webp") else 6
     )
     assert probe(SAMPLES[name]) == (24, 40)
+    assert format_of(SAMPLES[name]) == {"mpo": "jpeg"}.get(name, name.partition("_")[0])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partialmethod
+from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
-from segmodel import masks
+from segmodel import inference, masks
 from segmodel.bundle import Bundle
 from segmodel.images import Picture
 from segmodel.inference import LOOK_AHEAD_BATCHES, Image, Predictor
 from segmodel.model import mask_rcnn
+from segmodel.network_input import Batch, DeviceInput
 from segmodel.schema import Detections, Rle
 from segmodel.settings import Architecture, Precision
 from segmodel.winograd import WinogradConv2d
@@ -253,7 +255,7 @@ def test_stream_holds_four_batches_at_most(small: Bundle, monkeypatch: pytest.Mo
     wide = replace(small, settings=replace(small.settings, min_size=32, max_size=640), digest="")
     predictor = Predictor(wide, "cpu", batch_size=2)
     # What a batch is made of is enough.
-    monkeypatch.setattr(predictor, "_predict_batch", list)
+    monkeypatch.setattr(predictor, "_predict_batch", lambda images, **_: images)
     taken = given = most = 0
 
     def images() -> Iterator[tuple[int, Image]]:
@@ -318,6 +320,63 @@ def test_one_batch_is_in_the_network_at_a_time(small: Bundle, image: MakeImage) 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(predict, range(2)))
     assert (most, inside) == (1, 0)
+
+
+@pytest.fixture
+def like_a_gpu(small: Bundle) -> Predictor:
+    """A predictor that uploads photos beside the network, to this CPU, and resizes as on a GPU."""
+    predictor = Predictor(small, "cpu", batch_size=4)
+    predictor._ahead = True
+    predictor._input = DeviceInput(small.settings, torch.device("cpu"), torch.channels_last)
+    return predictor
+
+
+def test_photos_resized_on_the_device_give_the_same_detections(
+    like_a_gpu: Predictor, alone: list[Detections], image: MakeImage
+) -> None:
+    found = like_a_gpu.predict([image(*size) for size in MIXED])
+    for together, expected in zip(found, alone, strict=True):
+        assert share_kept(together, expected) >= 0.9
+
+
+def test_a_batch_is_uploaded_while_another_is_in_the_network(
+    like_a_gpu: Predictor, image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded, inside = threading.Semaphore(0), threading.Event()
+    upload = like_a_gpu._input.batch
+
+    def tell(images: Sequence[Picture]) -> Batch:
+        batch = upload(images)
+        uploaded.release()
+        return batch
+
+    def wait_for_the_other(*_: object) -> None:
+        if not inside.is_set():
+            inside.set()
+            assert uploaded.acquire(timeout=60)
+            assert uploaded.acquire(timeout=60), "the other one waits for the network"
+
+    monkeypatch.setattr(like_a_gpu._input, "batch", tell)
+    like_a_gpu.model.backbone.register_forward_pre_hook(wait_for_the_other)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(like_a_gpu.predict, [[image(64, 64)]] * 2))
+    assert_equal(found[0][0], found[1][0])
+
+
+def test_look_ahead_on_a_gpu_is_of_bytes(
+    like_a_gpu: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "LOOK_AHEAD_BYTES", 12 * 64 * 64 * 3)
+    # Eight shapes by turns, of which none has four before twelve of this many bytes wait.
+    shapes = [(64, 64 + 64 * number) for number in range(8)]
+    blanks = [np.zeros((64 * 64 // width, width, 3), np.uint8) for _, width in shapes]
+    pictures = [(number, Picture(blanks[number % 8], shapes[number % 8])) for number in range(32)]
+    monkeypatch.setattr(like_a_gpu, "_padded_size", lambda picture: picture.size_hw)
+    groups = [[number for number, _ in group] for group in like_a_gpu._batches(pictures)]
+    assert groups[:3] == [[0, 8], [1, 9], [2, 10]]
+    assert sorted(chain.from_iterable(groups)) == list(range(32))
+    monkeypatch.setattr(inference, "LOOK_AHEAD_BYTES", 2**30)
+    assert [len(group) for group in like_a_gpu._batches(pictures)] == [4] * 8
 
 
 def test_no_images_give_no_detections(predictor: Predictor) -> None:
@@ -528,11 +587,13 @@ def with_room_for(
         tried: list[int] = []
         whole = predictor._predict_batch
 
-        def run(images: list[Picture]) -> list[Detections]:
+        def run(images: list[Picture], *, beside: bool) -> list[Detections]:
             tried.append(len(images))
-            if sum(image.size_hw[0] * image.size_hw[1] for image in images) > pixels:
+            # What lies there of another batch takes half of it.
+            room = pixels // 2 if beside else pixels
+            if sum(image.size_hw[0] * image.size_hw[1] for image in images) > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return whole(images)
+            return whole(images, beside=beside)
 
         monkeypatch.setattr(predictor, "_predict_batch", run)
         return predictor, tried
@@ -552,6 +613,20 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(
     predictor.on_batch = through.append
     predictor.predict([image(64, 64) for _ in range(5)])
     assert through == tried == [2, 2, 1]
+
+
+def test_a_batch_that_does_not_fit_beside_another_is_tried_alone(
+    with_room_for: Callable[..., tuple[Predictor, list[int]]], image: MakeImage
+) -> None:
+    predictor, tried = with_room_for(4, 3 * 64 * 64)
+    predictor._ahead = True
+    found = predictor.predict([image(64, 64) for _ in range(3)])
+    assert tried == [3, 3]
+    assert len(found) == 3
+    tried.clear()
+    predictor.predict([image(64, 64) for _ in range(5)])
+    # Four fit in no way; of two, one beside another would.
+    assert tried == [4, 4, 2, 2, 2, 2, 1]
 
 
 def test_another_shape_keeps_its_batch_size(
