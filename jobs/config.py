@@ -88,6 +88,9 @@ class PredictConfig:
         "with --plan-only: run so many images on one copy of the model, to tell time and GPU hours",
         None,
     )
+    like: str | None = option(
+        "with --plan-only: output of a finished job of the same model, whose rate is taken", None
+    )
     images_per_second: float | None = option(
         "with --plan-only: the rate of one copy of the model, where it is known", None
     )
@@ -142,14 +145,16 @@ class PredictConfig:
             )
 
     def _refuse_estimates_without_plan(self) -> None:
-        for name in ("calibrate", "images_per_second", "price_per_gpu_hour", "estimate_output"):
+        rates = ("calibrate", "like", "images_per_second")
+        for name in (*rates, "price_per_gpu_hour", "estimate_output"):
             if getattr(self, name) is not None and not self.plan_only:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is of --plan-only alone: leave it out"
                 )
-        if self.calibrate is not None and self.images_per_second is not None:
+        if sum(getattr(self, name) is not None for name in rates) > 1:
             raise ConfigError(
-                "--calibrate and --images-per-second exclude one another: measure the rate, or give it"
+                "--calibrate, --like and --images-per-second exclude one another: measure the rate, take that of another "
+                "job, or give it"
             )
 
 

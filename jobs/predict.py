@@ -24,6 +24,7 @@ from jobs import (
     logs,
     pipeline,
     plan,
+    precedent,
     predict_view,
     preview,
     retries,
@@ -35,12 +36,13 @@ from jobs import (
     write,
 )
 from jobs.actor import Model, Pool
-from jobs.cluster import connect, nodes, resources
+from jobs.cluster import connect
 from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console
 from jobs.detect import look
 from jobs.encode import Receipt
 from jobs.job import described
+from jobs.layout import lay_out, places
 from jobs.meter import Meter
 from jobs.metrics import Metrics
 from jobs.plan import Plan
@@ -64,7 +66,7 @@ def run(config: PredictConfig) -> int:
     output = open_store(config.output, config.endpoint_url)
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
-    pool = _lay_out(config, may_grow=(may_grow := connect(config.address)))
+    pool = lay_out(config, may_grow=(may_grow := connect(config.address)))
     job = described(config, bundle, _precision(config, pool, plan.load(output)))
     if config.plan_only:
         _preview(config, job, output, bundle, pool, may_grow=may_grow)
@@ -101,7 +103,7 @@ def _work_off(
     run_id, started = uuid.uuid4().hex, time.time()
     receipts: dict[str, Counts] = {}
     seconds: Counter[str] = Counter()
-    busy = stages.Stages(partial(_places, pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
+    busy = stages.Stages(partial(places, pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
     images = 0
     todo = sum(len(w.positions) if w.positions else w.chunk.num_images for w in work)
     wanted = {
@@ -217,6 +219,8 @@ def _preview(
         if config.images_per_second is not None:
             given = f"{config.images_per_second:g} images/s of one actor, as given"
             rates = Rates(images_per_second=config.images_per_second, source=given)
+        elif config.like is not None:
+            rates = precedent.rates(open_store(config.like, config.endpoint_url), job, pool)
         elif config.calibrate is not None:
             source = _source(config, planned, output if frozen or lists is None else lists)
             rates = calibrate.rates(planned, config.calibrate, source, model, pool)
@@ -286,65 +290,6 @@ def _left(config: PredictConfig, planned: Plan, output: Store, done: Set[str]) -
             for chunk in plan.left(planned, plan.sizes(planned).keys() - failed.keys())
         ]
     return work
-
-
-def _lay_out(config: PredictConfig, *, may_grow: bool) -> Pool:
-    """Decide how many actors there are and what each gets.
-
-    Raises:
-        ConfigError: The cluster cannot hold the actors that were asked for.
-    """
-    cpus, gpus = resources()
-    share = config.gpus_per_actor
-    if share is None:
-        share = 1.0 if gpus else 0.0
-    # On CPUs one thread for each actor: two one-thread processes beat one two-thread process. The
-    # most that can be reserved leaves room for readers and writers, without which the job would
-    # hang.
-    fit = int(gpus / share + 1e-9) if share else max(1, int(cpus))
-    most = fit if share else max(1, int(cpus / pipeline.CPU_ACTOR_CPUS) - 1)
-    max_actors = config.max_actors or max(fit, config.min_actors or 1)
-    # A cluster that may grow starts with what there is, and gets more as its nodes come.
-    min_actors = config.min_actors or max(1, min(max_actors, fit))
-    if not may_grow and min_actors > most:
-        what = f"{share:g} GPUs" if share else "CPUs"
-        raise ConfigError(
-            f"{min_actors} actors on {what} each do not fit: this Ray has {cpus:g} CPUs and {gpus:g} "
-            f"GPUs, room for {most}. Lower --min-actors or --gpus-per-actor (0 uses CPUs), or name a "
-            "larger cluster by --address"
-        )
-    if not may_grow:
-        max_actors = max(min_actors, min(max_actors, most))
-    initial_actors = config.initial_actors or min_actors
-    if not min_actors <= initial_actors <= max_actors:
-        raise ConfigError(
-            f"--initial-actors {initial_actors} must lie between --min-actors ({min_actors}) and "
-            f"--max-actors ({max_actors})"
-        )
-    return Pool(
-        min_actors=min_actors,
-        max_actors=max_actors,
-        initial_actors=initial_actors,
-        gpus_per_actor=share,
-        # Those beside GPUs, and on CPUs that are still to come, see when they start.
-        threads=None if share or not cpus else max(1, int(cpus / max_actors)),
-        batch_size=config.batch_size,
-        image_timeout_s=config.image_timeout,
-    )
-
-
-def _places(pool: Pool) -> dict[str, float]:
-    """Return how many chunks, or images, each stage can have in work at once, on the nodes that are there."""
-    there = nodes().values()
-    cpus = sum(node.cpus for node in there)
-    fit = [pool.threads_on(node) for node in there if node.gpus >= pool.gpus_per_actor]
-    return {
-        "read": cpus,
-        "decode": pool.max_actors * max(fit, default=0),
-        "network": pool.max_actors,
-        "encode": cpus,
-        "write": cpus,
-    }
 
 
 def _source(config: PredictConfig, planned: Plan, output: Store) -> Source:

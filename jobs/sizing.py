@@ -99,7 +99,7 @@ def estimate(work: Work, rates: Rates | None, price_per_gpu_hour: float | None) 
         gpus=gpus,
         input_bytes=work.input_bytes,
         store_limit_bytes=work.store_limit_bytes,
-        source="no rate: give --calibrate N or --images-per-second R",
+        source="no rate: give --calibrate N, --like OUTPUT or --images-per-second R",
     )
     if rates is None:
         return known

@@ -38,6 +38,7 @@ PLACES = (
         "weights",
         "reviewed",
         "estimate_output",
+        "like",
         "against",
     ),
     *FILES[1:],

@@ -105,6 +105,13 @@ def test_a_rate_that_is_given_and_what_is_left(
         *("--model", str(tiny_bundle), "--score-threshold", "0", "--max-detections", "3"),
     ]
     assert main([*job, "--max-actors", "1"]) == 0
+    manifest = json.loads((output / "_manifest.json").read_text())
+    found, _ = told(shards, tmp_path / "other", "--like", str(output))
+    # Twice as many actors.
+    expected = 2 * IMAGES / manifest["run"]["seconds"]
+    assert found["images_per_second"] == pytest.approx(expected, rel=1e-6)
+    assert found["output_bytes"] == sum(p.stat().st_size for p in output.glob("predictions/*"))
+    assert f"{output}: {IMAGES} images in" in found["source"]
     (output / "predictions" / "00000002.parquet").unlink()
     found, _ = told(shards, output)
     assert (found["images"], found["actors"], found["seconds"]) == (3, 1, None)

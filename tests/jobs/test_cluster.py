@@ -11,10 +11,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from jobs import predict
+from jobs import layout
 from jobs.cluster import ClusterError, Node, connect, plain_errors, reason, resources
 from jobs.config import ConfigError, PredictConfig
-from jobs.predict import _lay_out, _places
+from jobs.layout import lay_out, places
 from jobs.store import StorageError
 
 pytestmark = pytest.mark.ray
@@ -73,7 +73,7 @@ def config(**more: object) -> PredictConfig:
 def test_cpu_pools_leave_room_for_readers(
     ray_local: None, more: dict[str, int], actors: tuple[int, int], threads: int
 ) -> None:
-    pool = _lay_out(config(**more), may_grow=False)
+    pool = lay_out(config(**more), may_grow=False)
     assert (pool.min_actors, pool.max_actors) == actors
     assert pool.gpus_per_actor == 0
     assert pool.threads == max(1, threads)
@@ -82,28 +82,28 @@ def test_cpu_pools_leave_room_for_readers(
 def test_actors_that_do_not_fit_are_refused_unless_the_cluster_may_grow(ray_local: None) -> None:
     asked = config(gpus_per_actor=0.5, min_actors=2, max_actors=8)
     with pytest.raises(ConfigError, match="0 GPUs, room for 0"):
-        _lay_out(asked, may_grow=False)
-    pool = _lay_out(asked, may_grow=True)
+        lay_out(asked, may_grow=False)
+    pool = lay_out(asked, may_grow=True)
     assert (pool.min_actors, pool.max_actors, pool.gpus_per_actor) == (2, 8, 0.5)
     assert pool.initial_actors == 2
-    assert _lay_out(config(max_actors=2, min_actors=1), may_grow=False).initial_actors == 1
+    assert lay_out(config(max_actors=2, min_actors=1), may_grow=False).initial_actors == 1
     with pytest.raises(ConfigError, match="--initial-actors 3 must lie between"):
-        _lay_out(config(initial_actors=3, max_actors=2), may_grow=False)
+        lay_out(config(initial_actors=3, max_actors=2), may_grow=False)
     with pytest.raises(ConfigError, match="room for 3"):
-        _lay_out(config(min_actors=4), may_grow=False)
+        lay_out(config(min_actors=4), may_grow=False)
 
 
 def test_a_pool_on_nodes_that_are_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped clusters have a head that does no work, and workers only when somebody wants them."""
-    monkeypatch.setattr(predict, "resources", lambda: (0.0, 0.0))
-    pool = _lay_out(config(gpus_per_actor=1, min_actors=1, max_actors=8), may_grow=True)
+    monkeypatch.setattr(layout, "resources", lambda: (0.0, 0.0))
+    pool = lay_out(config(gpus_per_actor=1, min_actors=1, max_actors=8), may_grow=True)
     assert (pool.min_actors, pool.max_actors, pool.threads) == (1, 8, None)
     there = {"head": Node(cpus=0, gpus=0)}
-    monkeypatch.setattr(predict, "nodes", lambda: there)
-    assert set(_places(pool).values()) == {0, 8}
+    monkeypatch.setattr(layout, "nodes", lambda: there)
+    assert set(places(pool).values()) == {0, 8}
     there |= {f"worker {n}": Node(cpus=12, gpus=1) for n in range(8)}
-    assert _places(pool) == {"read": 96, "decode": 96, "network": 8, "encode": 96, "write": 96}
-    on_cpus = _lay_out(config(max_actors=4), may_grow=True)
+    assert places(pool) == {"read": 96, "decode": 96, "network": 8, "encode": 96, "write": 96}
+    on_cpus = lay_out(config(max_actors=4), may_grow=True)
     assert (on_cpus.gpus_per_actor, on_cpus.threads) == (0, None)
     assert on_cpus.threads_on(there["worker 0"]) == 3
 
@@ -123,8 +123,8 @@ def test_a_pool_on_nodes_that_are_still_to_come(monkeypatch: pytest.MonkeyPatch)
 def test_an_actor_has_its_share_of_its_node(
     more: dict[str, float], node: Node, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "resources", lambda: (0.0, 0.0))
-    pool = _lay_out(config(**{"max_actors": 64, **more}), may_grow=True)
+    monkeypatch.setattr(layout, "resources", lambda: (0.0, 0.0))
+    pool = lay_out(config(**{"max_actors": 64, **more}), may_grow=True)
     assert pool.threads_on(node) == threads
 
 

@@ -87,6 +87,7 @@ def needed(class_: type[Any]) -> dict[str, Any]:
 # What a field cannot do without.
 COMPANIONS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (PredictConfig, "calibrate"): {"plan_only": True},
+    (PredictConfig, "like"): {"plan_only": True},
     (PredictConfig, "images_per_second"): {"plan_only": True},
     (PredictConfig, "price_per_gpu_hour"): {"plan_only": True},
     (PredictConfig, "estimate_output"): {"plan_only": True},
@@ -165,6 +166,7 @@ def test_the_printed_configuration_is_one(
         not in (
             *(
                 (PredictConfig, "calibrate"),
+                (PredictConfig, "like"),
                 (PredictConfig, "min_actors"),
                 (PackConfig, "annotations"),
                 (TrainConfig, "model"),
@@ -316,6 +318,8 @@ BELOW_ONE = "must be 1 or more, not 0"
             {"plan_only": True, "calibrate": 9, "images_per_second": 2.0},
             "exclude one another",
         ),
+        (PredictConfig, {"plan_only": True, "calibrate": 9, "like": "t"}, "exclude one another"),
+        (PredictConfig, {"like": "t"}, "--like is of --plan-only alone"),
         (DemoConfig, {"scenes": 0}, f"--scenes {BELOW_ONE}"),
         (DemoConfig, {"seed": -1}, "--seed must be 0 or more, not -1"),
     ],
