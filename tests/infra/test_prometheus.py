@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.__main__ import VERBS
+from tests.infra.rules import ROOT
 from tests.jobs.prometheus import DASHBOARD, INFRA, needed, panels, used
 
 FOLDER = INFRA / "prometheus"
@@ -77,6 +79,18 @@ def test_the_account_lists_each_panel_with_its_series_and_no_other() -> None:
         for title, expressions in panels()
         for names in [sorted({name for asks in expressions for name in used(asks)})]
     ]
+
+
+def test_the_account_says_whose_metrics_they_are() -> None:
+    about = (INFRA / "grafana/README.md").read_text().split("## ")[0]
+    telling = {
+        verb
+        for verb in VERBS
+        if "from jobs.meter import" in (ROOT / "jobs" / f"{verb}.py").read_text()
+    }
+    assert telling == {"predict"}
+    assert "are about `predict`, and `label`, which runs it" in about
+    assert "A training tells Prometheus nothing" in about
 
 
 def test_the_dashboard_is_whole() -> None:
