@@ -11,7 +11,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs import job, label_view, novelty, plan, policy, sorting, tasks, version_facts, versions
+from jobs import (
+    job,
+    label_view,
+    novelty,
+    plan,
+    policy,
+    reuse,
+    sorting,
+    tasks,
+    version_facts,
+    versions,
+)
 from jobs.__main__ import main
 from jobs.config import ConfigError, PredictConfig
 from jobs.console import ImageProgress, console
@@ -271,7 +282,20 @@ def _planned(config: LabelConfig, base: Base, rules: Rules) -> Plan | None:
         return None
     replaced = pa.table([list(compared.replaced)], schema=_REPLACED)
     versions.put_table(work, _replaced_path(made), replaced)
-    return plan.freeze(work, compared.planned)
+    frozen = plan.freeze(work, compared.planned)
+    if images := reuse.take_over(frozen, work, _other_work(config, base, work)):
+        console.print(f"{images} of {frozen.num_images} images were predicted by an earlier run.")
+    return frozen
+
+
+def _other_work(config: LabelConfig, base: Base, work: Store) -> Iterator[Store]:
+    """Yield the places of what other runs began from the same parent: candidates' work."""
+    number = 0 if base.parent is None else base.parent.number
+    places = {info.path.split("/")[1] for info in base.dataset.list_objects(WORK)}
+    for place in sorted(places):
+        other = open_store(base.dataset.url(f"{WORK}/{place}"), config.endpoint_url)
+        if place.partition("-")[0] == str(number) and other.uri != work.uri:
+            yield other
 
 
 def _source(config: LabelConfig, planned: Plan, work: Store) -> Source:

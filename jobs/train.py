@@ -193,6 +193,7 @@ def _show_plan(
         "Training" if at is None else "Training, going on",
         [
             ("train on", f"{train.num_rows} images{skipped}, {len(train.categories)} categories"),
+            *(("note", note) for note in train.notes),
             ("evaluate on", "nothing" if val is None else f"{val.num_rows} images"),
             ("start from", task.origin if at is None else at),
             (

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class TrainingSet:
         num_bytes: Of the row groups.
         digest: Changes whenever a shard does.
         weights: The share of each chunk's set that an epoch has; empty where all of them have all.
+        notes: What a person should know.
     """
 
     chunks: tuple[RowGroup, ...]
@@ -75,6 +77,7 @@ class TrainingSet:
     num_bytes: int
     digest: str
     weights: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -96,6 +99,7 @@ def load(
     of_chunks: list[float] = []
     categories: dict[int, str] = {}
     digest = hashlib.sha256()
+    data_sets: Counter[str] = Counter()
     for uri, weight in zip(uris, weights or [1.0] * len(uris), strict=True):
         found = _open_set(uri, endpoint_url)
         for number, name in found.categories:
@@ -110,6 +114,7 @@ def load(
             stores = [found.store] * len(found.infos)
             of_set = [g for groups in pool.map(_row_groups, stores, found.infos) for g in groups]
         _refuse_parts(found, of_set)
+        data_sets[found.data_set] += 1
         chunks += of_set
         of_chunks += [weight] * len(of_set)
     digest.update(json.dumps(sorted(categories.items())).encode())
@@ -125,7 +130,24 @@ def load(
         num_bytes=sum(chunk.num_bytes for chunk in kept),
         digest=digest.hexdigest(),
         weights=tuple(weight for _, weight in weighted) if weights else (),
+        notes=tuple(_of_images_that_come_again(kept, data_sets)),
     )
+
+
+def _of_images_that_come_again(
+    chunks: Sequence[RowGroup], data_sets: Mapping[str, int]
+) -> Iterator[str]:
+    """Yield what to say of sets that share images; versions of one data set do, even in other objects."""
+    rows = {(chunk.url, chunk.group): chunk.num_rows for chunk in chunks}
+    times = Counter((chunk.url, chunk.group) for chunk in chunks)
+    again = sum(number for place, number in rows.items() if times[place] > 1)
+    several = [uri for uri, number in data_sets.items() if uri and number > 1]
+    if again or several:
+        share = " and ".join(f"versions of {uri}" for uri in several) or "sets"
+        yield (
+            f"{share} share images, {again} at least, and those come once for each of them in an epoch: a "
+            "version holds what it kept of those before it, so one of them is enough"
+        )
 
 
 def read_chunk(chunk: RowGroup) -> pa.Table:
@@ -197,12 +219,16 @@ def _read_piece(chunk: RowGroup, first: int, num_rows: int) -> pa.Table:
 
 @dataclass(frozen=True, kw_only=True)
 class _Set:
-    """One set: where it is, its shards and categories, and how many shards and rows it says it has."""
+    """One set: where it is, its shards and categories, and how many shards and rows it says it has.
+
+    Of a version `data_set` says which data set it is of.
+    """
 
     store: Store
     infos: list[ObjectInfo]
     categories: list[tuple[int, str]]
     expected: tuple[Any, Any]
+    data_set: str = ""
 
 
 def _open_set(uri: str, endpoint_url: str | None) -> _Set:
@@ -215,6 +241,7 @@ def _open_set(uri: str, endpoint_url: str | None) -> _Set:
             infos=infos,
             categories=_categories(version.manifest),
             expected=(total["objects"], total["rows"]),
+            data_set=version.store.uri if name == versions.ACCEPTED else "",
         )
     store = open_store(uri, endpoint_url)
     infos = _shards(store)

@@ -13,7 +13,7 @@ import pytest
 import ray
 from pycocotools import mask as mask_api
 
-from jobs import chunks, label, labelling, novelty, plan, read, sorting, tasks, versions, write
+from jobs import label, labelling, novelty, plan, read, sorting, tasks, versions, write
 from jobs.__main__ import VERBS, main
 from jobs.detect import here
 from jobs.flags import from_namespace, gathered, parser_for
@@ -128,7 +128,7 @@ def _predict(arguments: list[str]) -> int:
         endpoint_url=config.endpoint_url,
         image_column=config.image_column,
     )
-    for chunk in chunks.from_table(planned.chunks):
+    for chunk in plan.left(planned, plan.finished_chunks(output)):
         rows = [predicted(image) for image in read.read_chunk(chunk, source).to_pylist()]
         table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
         write.put_chunk(output, chunk.chunk_id, table, {})

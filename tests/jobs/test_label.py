@@ -163,6 +163,24 @@ def test_a_night_of_errors_is_a_candidate(place: Place) -> None:
     assert place.manifest(3)["profile"]["all"]["images"] == 70
 
 
+def test_versions_that_are_trained_on_together_share_images_and_it_is_said(place: Place) -> None:
+    place.put("a.tar", {f"{n}.jpg": n for n in range(4)})
+    assert place.label() == 0
+    place.put("b.tar", {f"{n}.jpg": n for n in range(20, 23)})
+    assert place.label() == 0
+    both = training_set.load([place.named("versions", "1"), place.named()], None)
+    (note,) = both.notes
+    assert f"versions of {place.named()} share images, 4 at least" in note
+    for names in (("versions", "1"), ("versions", "2")):
+        assert training_set.load([place.named(*names)], None).notes == ()
+    # All that was of the first is written anew, without an image that is another now.
+    place.put("a.tar", {**{f"{n}.jpg": n for n in range(4)}, "0.jpg": 70})
+    assert place.label() == 0
+    places = [place.named("versions", number) for number in "13"]
+    (note,) = training_set.load(places, None).notes
+    assert "share images" in note
+
+
 def test_who_is_second_starts_from_the_first(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
