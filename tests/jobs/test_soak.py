@@ -35,7 +35,7 @@ from tests.jobs.fault_server import (
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SEED = 20261124
-IMAGES, CHUNK_SIZE = 240, 2
+IMAGES, CHUNK_SIZE = 300, 2
 CHUNKS = IMAGES // CHUNK_SIZE
 DEADLINE_S = 240
 READ_FAULTS: list[Fault] = [
