@@ -14,10 +14,7 @@ from segmodel.brush import BrushError, to_rle
 def codec() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module("label_studio_sdk.converter.brush")
-        except ImportError:
-            pytest.skip("Label Studio's SDK is not installed")
+        return importlib.import_module("label_studio_sdk.converter.brush")
 
 
 def masks() -> dict[str, np.ndarray[Any, Any]]:
