@@ -1,16 +1,16 @@
 """Exports that are one JSON file, written image by image: COCO's and Label Studio's."""
 
-import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
 
-from jobs import contents
+from jobs import brush, contents
+from jobs.brush import Encode
 from jobs.detect import InputError
 from segmodel import coco, rle
 
@@ -105,7 +105,7 @@ def write_tasks(
     Raises:
         InputError: The SDK is not installed.
     """
-    encode = _brush_codec()
+    encode = brush.encoder("--to labelstudio")
     tasks = List(file)
     for row in rows:
         regions = [
@@ -144,7 +144,7 @@ def image_url(row: Row, prefix: str) -> str:
     return f"{prefix}{path}" if prefix.endswith(("=", "/")) else f"{prefix}/{path}"
 
 
-def _region(number: int, detection: Row, encode: Callable[[Any], list[int]]) -> dict[str, Any]:
+def _region(number: int, detection: Row, encode: Encode) -> dict[str, Any]:
     """Return a mask as Label Studio's region.
 
     https://labelstud.io/guide/predictions#Import-brush-segmentation-pre-annotations-in-RLE-format
@@ -167,15 +167,3 @@ def _region(number: int, detection: Row, encode: Callable[[Any], list[int]]) -> 
     }
     score = detection["score"]
     return region if score is None else {**region, "score": float(score)}
-
-
-def _brush_codec() -> Callable[[Any], list[int]]:
-    """Return the SDK's `mask2rle`; importing it takes seconds, so only what needs it does."""
-    try:
-        module = importlib.import_module("label_studio_sdk.converter.brush")
-    except ImportError as error:
-        raise InputError(
-            f"--to labelstudio needs Label Studio's SDK ({error}): pip install 'label-studio-sdk>=2'"
-        ) from error
-    codec: Callable[[Any], list[int]] = module.mask2rle
-    return codec

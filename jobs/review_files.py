@@ -9,13 +9,16 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
+from jobs import brush
+from jobs.brush import Decode
 from jobs.contents import FIELD
 from jobs.detect import InputError
 from jobs.records import some_of
 from jobs.storage import open_uri
-from segmodel import brush, coco, rle
+from segmodel import coco, rle
 
 Row: TypeAlias = dict[str, Any]
 Mapped: TypeAlias = Mapping[str, Any]
@@ -81,9 +84,12 @@ def read(uri: str, endpoint_url: str | None, categories: Sequence[Mapped]) -> Re
         file = json.loads(data)
     except ValueError as error:
         raise InputError(f"{store.url(name)} is no JSON: {error}") from error
-    kind = "list of Label Studio's tasks" if isinstance(file, list) else "COCO instances file"
+    kind, reader = "COCO instances file", _of_coco
+    if isinstance(file, list):
+        kind = "list of Label Studio's tasks"
+        reader = partial(_of_tasks, decode=brush.decoder(f"to read a {kind}"))
     try:
-        found, of, notes = (_of_tasks if isinstance(file, list) else _of_coco)(file, known)
+        found, of, notes = reader(file, known)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{store.url(name)} is no {kind}: {error}") from error
     if not found:
@@ -128,7 +134,7 @@ def _tighten(label: Row) -> None:
     label["bbox"] = rle.bounding_boxes([label["segmentation"]])[0].tolist()
 
 
-def _of_tasks(tasks: Sequence[Mapped], known: Mapping[str, int]) -> Found:
+def _of_tasks(tasks: Sequence[Mapped], known: Mapping[str, int], *, decode: Decode) -> Found:
     """Return the newest annotation of each task; of one that nobody has submitted nothing."""
     ids = dict(known)
     found, waiting = [], 0
@@ -141,7 +147,7 @@ def _of_tasks(tasks: Sequence[Mapped], known: Mapping[str, int]) -> Found:
         waiting += not done
         if done:
             newest = sorted(done, key=_written)[-1]
-            found.append(_of_task(task["data"], newest["result"], ids))
+            found.append(_of_task(task["data"], newest["result"], ids, decode))
     again = Counter(one.image_id or one.path for one in found)
     if twice := [name for name, times in again.items() if times > 1]:
         raise ValueError(f"{len(twice)} images have more than one task: {some_of(twice)}")
@@ -154,14 +160,16 @@ def _written(annotation: Mapped) -> str:
     return str(annotation.get("updated_at") or annotation.get("created_at") or "")
 
 
-def _of_task(data: Mapped, regions: Sequence[Mapped], ids: dict[str, int]) -> ReviewedImage:
+def _of_task(
+    data: Mapped, regions: Sequence[Mapped], ids: dict[str, int], decode: Decode
+) -> ReviewedImage:
     name = _text(data, "image_id") or None
     path = _text(data, "image")
     if name is None and not path:
         raise ValueError("a task's data has neither image_id nor image")
     try:
         brushes = list(_brushes(regions))
-        labels = [label for one in brushes if (label := _label(one, ids)) is not None]
+        labels = [label for one in brushes if (label := _label(one, ids, decode)) is not None]
     except ValueError as error:
         raise ValueError(f"the task of {name or path!r}: {error}") from error
     sizes = {(int(one["original_height"]), int(one["original_width"])) for one in brushes}
@@ -187,7 +195,7 @@ def _brushes(regions: Sequence[Mapped]) -> Iterator[Mapped]:
             )
 
 
-def _label(region: Mapped, ids: dict[str, int]) -> Row | None:
+def _label(region: Mapped, ids: dict[str, int], decode: Decode) -> Row | None:
     """Return a region as a label, its category numbered in `ids` where it is new; None of an empty one."""
     value, names = region["value"], region["value"].get(_BRUSH, [])
     if len(names) != 1:
@@ -195,7 +203,7 @@ def _label(region: Mapped, ids: dict[str, int]) -> Row | None:
     if region.get("image_rotation"):
         raise ValueError("a region was painted on the turned image; turn it back")
     height, width = int(region["original_height"]), int(region["original_width"])
-    mask = brush.to_rle(value["rle"], (height, width))
+    mask = decode(value["rle"], (height, width))
     if not rle.areas([mask])[0]:
         return None
     category_id = ids.setdefault(names[0], max(ids.values(), default=0) + 1)
