@@ -6,8 +6,8 @@ which says whose it is, and `names.csv` where an image's file needs another name
 `--images` the images too, at `images/` there or beside the JSON file; exit code 3 where some cannot
 be read. Rows in error are left out, and counted. Rows are read 64 at a time and written as they come,
 so that memory does not grow with the table, but for 24 bytes an image where images become files, 24
-where a version says what they held, and for the names of all images with `--annotations`. One JSON file waits in a local temporary file until
-it is whole, then is put at once (in parts of 64 MiB on S3).
+where a version says what they held, and for the names of all images with `--annotations`. One JSON file
+waits in a local temporary file until it is whole, then is put at once (in parts of 64 MiB on S3).
 """
 
 import tempfile

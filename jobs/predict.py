@@ -49,7 +49,6 @@ from jobs.plan import Plan
 from jobs.read import Source
 from jobs.sizing import Rates
 from jobs.source import Work
-from jobs.stages import Busy
 from jobs.stall import StallWarning
 from jobs.storage import lies_within, open_store
 from jobs.store import Store
@@ -103,7 +102,7 @@ def _work_off(
     run_id, started = uuid.uuid4().hex, time.time()
     receipts: dict[str, Counts] = {}
     seconds: Counter[str] = Counter()
-    busy = stages.Stages(partial(places, pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
+    watch = stages.Stages(partial(places, pool), skipped=pipeline.CHUNKS_IN_ACTOR * pool.max_actors)
     images = 0
     todo = sum(len(w.positions) if w.positions else w.chunk.num_images for w in work)
     wanted = {
@@ -127,7 +126,7 @@ def _work_off(
             ):
                 receipts[receipt.chunk_id] = receipt.counts
                 seconds.update(receipt.seconds)
-                busy.add(receipt.seconds)
+                watch.add(receipt.seconds)
                 retries.add(receipt.retries)
                 traffic.add(receipt.traffic)
                 meter.add(receipt)
@@ -141,28 +140,22 @@ def _work_off(
     counted = {**tally.read_counts(output, done - receipts.keys()), **receipts}
     # What is not there any more does not count, whatever its receipt said.
     counts = write.finish(output, sizes, {name: counted[name] for name in sizes if name in done})
-    took = time.time() - started
+    took, busy = time.time() - started, watch.busy()
     facts_of_run = {
         "run_id": run_id,
         "images": images,
         "seconds": round(took, 2),
         "images_per_second": round(images / took, 3),
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
-        **_busy(busy.busy()),
+        "busy": {name: round(share, 3) for name, share in busy.shares.items()},
+        "busy_with_start": busy.with_start,
         # Of all processes, planning included where this run planned.
         "retries": dict(retries.so_far()),
         "bytes": dict(traffic.so_far()),
     }
     write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
-    predict_view.show_summary(counts, output, facts_of_run, busy.busy())
+    predict_view.show_summary(counts, output, facts_of_run, busy)
     return counts
-
-
-def _busy(busy: Busy) -> dict[str, Any]:
-    return {
-        "busy": {name: round(share, 3) for name, share in busy.shares.items()},
-        "busy_with_start": busy.with_start,
-    }
 
 
 def _log(receipt: Receipt) -> None:

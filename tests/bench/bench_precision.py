@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from jobs import training_set
-from jobs.train_task import cpu_has_bf16
+from jobs.processor import cpu_has_bf16
 from segmodel import coco, masks, scenes
 from segmodel.bundle import Bundle, load
 from segmodel.evaluation import evaluate

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from jobs.processor import cpu_has_bf16
 from jobs.storage import open_store
-from jobs.train_task import cpu_has_bf16
 from jobs.write import put_chunk
 from segmodel import headers, images, masks
 from segmodel.inference import Predictor

@@ -32,7 +32,7 @@ import pycocotools.mask as coco_mask
 import torch
 from PIL import Image
 
-from jobs.train_task import cpu_has_bf16
+from jobs.processor import cpu_has_bf16
 from segmodel import bundle as bundles
 from segmodel.bundle import Bundle
 from segmodel.model import mask_rcnn

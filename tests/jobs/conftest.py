@@ -52,6 +52,20 @@ def place(
     return Place(tmp_path, tiny_bundle, jpeg, make_tar)
 
 
+@pytest.fixture
+def put_photos(tmp_path: Path, jpeg: Callable[..., bytes]) -> Callable[[int], Path]:
+    """`put_photos(number)`: a folder with so many small pictures, named in their order."""
+
+    def put(number: int) -> Path:
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for one in range(number):
+            (folder / f"{one:03d}.jpg").write_bytes(jpeg(one, (60, 80)))
+        return folder
+
+    return put
+
+
 @pytest.fixture(scope="session")
 def put_packed(jpeg: Callable[..., bytes]) -> Callable[..., list[dict[str, Any]]]:
     """`put_packed(store, num_rows)`: a packed set of small pictures; returns its rows.

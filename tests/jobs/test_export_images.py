@@ -15,24 +15,11 @@ import pytest
 from PIL import Image
 
 from jobs.storage import open_store
-from tests.jobs import labelling_place
 from tests.jobs.export_tables import export, put, row, scene_rows
 from tests.jobs.labelling_place import Place
 from tests.jobs.report_tables import make_tar
 
 NAMES = [f"{n}.jpg" for n in range(6)]
-
-
-@pytest.fixture
-def place(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    tiny_bundle: Path,
-    jpeg: Callable[..., bytes],
-    make_tar: Any,
-) -> Place:
-    labelling_place.without_ray(monkeypatch)
-    return Place(tmp_path, tiny_bundle, jpeg, make_tar)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

@@ -94,12 +94,8 @@ def actors(machine: Machine) -> list[str]:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, jpeg: Callable[..., bytes]) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(IMAGES):
-        (folder / f"{number:03d}.jpg").write_bytes(jpeg(number, (60, 80)))
-    return folder
+def photos(put_photos: Callable[[int], Path]) -> Path:
+    return put_photos(IMAGES)
 
 
 # Of three actors the head has room for two.

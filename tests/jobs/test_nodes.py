@@ -56,12 +56,8 @@ def cluster(cpus: int, environment: None) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, jpeg: Callable[..., bytes]) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(IMAGES):
-        (folder / f"{number:03d}.jpg").write_bytes(jpeg(number, (60, 80)))
-    return folder
+def photos(put_photos: Callable[[int], Path]) -> Path:
+    return put_photos(IMAGES)
 
 
 def with_an_actor(cluster: Cluster) -> Any:

@@ -2,9 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 import duckdb
@@ -13,24 +11,8 @@ import yaml
 
 from jobs.__main__ import main
 from jobs.versions import urls
-from tests.jobs import labelling_place
+from tests.jobs.export_tables import export
 from tests.jobs.labelling_place import Place
-
-
-@pytest.fixture
-def place(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    tiny_bundle: Path,
-    jpeg: Callable[..., bytes],
-    make_tar: Any,
-) -> Place:
-    labelling_place.without_ray(monkeypatch)
-    return Place(tmp_path, tiny_bundle, jpeg, make_tar)
-
-
-def export(table: str, to: str, output: Path, *more: str) -> int:
-    return main(["export", "--predictions", table, "--to", to, "--output", str(output), *more])
 
 
 @pytest.mark.parametrize("table", ["accepted", "review", "rejected"])
