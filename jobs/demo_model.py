@@ -1,9 +1,9 @@
 """`make demo-model`: the model bundle of the demo, trained from nothing on synthetic scenes.
 
 python -m jobs.demo_model FOLDER: draws scenes that the demo never shows, packs them, trains by
-`segjobs train` with `recipes/demo.yaml`, then at a higher resolution with `recipes/demo-fine.yaml`,
-and puts the bundle in place of the shipped one. The same
-seeds give the same scenes, order and draws; run again with the same folder to go on.
+`segjobs train` with `recipes/demo.yaml`, then at a higher resolution with `demo-fine.yaml` and
+`demo-last.yaml`, and puts the bundle in place of the shipped one. The same seeds give the same
+scenes, order and draws; run again with the same folder to go on.
 """
 
 import shlex
@@ -17,6 +17,8 @@ from jobs.console import console
 from jobs.demo import MODEL
 
 RECIPES = Path(__file__).with_name("recipes")
+# Each goes on from the bundle of the one before.
+STAGES = ("demo.yaml", "demo-fine.yaml", "demo-last.yaml")
 # The demo's own scenes have the seeds from 0 on.
 TRAIN_SEEDS = range(1_000_000, 1_003_000)
 VAL_SEEDS = range(2_000_000, 2_000_100)
@@ -36,17 +38,16 @@ def make(folder: Path) -> int:
         if code:
             return code
     sets = ("--train", f"{folder / 'train'}", "--val", f"{folder / 'val'}")
-    first, second = folder / "training", folder / "fine"
-    for recipe, output, start in (
-        ("demo.yaml", first, ()),
-        ("demo-fine.yaml", second, ("--model", f"{first / 'bundle'}")),
-    ):
+    start: tuple[str, ...] = ()
+    for recipe in STAGES:
+        output = folder / recipe.removesuffix(".yaml")
         code = _segjobs(
             *("train", "--config", f"{RECIPES / recipe}", *start, *sets, "--output", f"{output}")
         )
         if code:
             return code
-    shutil.copytree(second / "bundle", MODEL, dirs_exist_ok=True)
+        start = ("--model", f"{output / 'bundle'}")
+    shutil.copytree(output / "bundle", MODEL, dirs_exist_ok=True)
     console.print(f"The demo's model is now {MODEL}.")
     return 0
 

@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from jobs import config
+from jobs import config, demo_model
 from jobs.__main__ import VERBS
 from jobs.config import (
     ConfigError,
@@ -380,11 +380,11 @@ def test_other_workers_are_refused(workers: str) -> None:
 def test_the_recipes_are_configurations_of_train(recipe: Path) -> None:
     found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
     # The small network, or what a bundle brings that is trained on.
-    assert found.arch == (None if recipe.name in ("demo-fine.yaml", "nuclei-r50.yaml") else "small")
+    assert found.arch == (None if recipe.name in (*demo_model.STAGES[1:], "nuclei-r50.yaml") else "small")
     assert found.epochs == yaml.safe_load(recipe.read_text())["epochs"]
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "demo-fine.yaml"])
+@pytest.mark.parametrize("name", demo_model.STAGES)
 def test_the_demos_arithmetic_is_the_same_on_every_machine(name: str) -> None:
     recipe = Path(config.__file__).parent / "recipes" / name
     found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
