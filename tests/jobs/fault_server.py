@@ -184,6 +184,16 @@ def hold(until: threading.Event, done: threading.Event) -> Fault:
     return fault
 
 
+def keep_back(until: threading.Event) -> Fault:
+    """Do what was asked for, and answer, only when told."""
+
+    def fault(exchange: Exchange) -> None:
+        until.wait(HANG_S)
+        pass_through(exchange)
+
+    return fault
+
+
 def then(call: Callable[[], Any]) -> Fault:
     """Answer well, after something else has happened."""
 
