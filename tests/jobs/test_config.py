@@ -380,7 +380,9 @@ def test_other_workers_are_refused(workers: str) -> None:
 def test_the_recipes_are_configurations_of_train(recipe: Path) -> None:
     found = parsed(TrainConfig, ["--config", str(recipe), "--train", "a", "--output", "b"])
     # The small network, or what a bundle brings that is trained on.
-    assert found.arch == (None if recipe.name in (*demo_model.STAGES[1:], "nuclei-r50.yaml") else "small")
+    assert found.arch == (
+        None if recipe.name in (*demo_model.STAGES[1:], "nuclei-r50.yaml") else "small"
+    )
     assert found.epochs == yaml.safe_load(recipe.read_text())["epochs"]
 
 

@@ -101,7 +101,7 @@ class Job:
         while not there():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def wait_for(self, more: int) -> None:
         """Wait until so many more chunks are finished, or all but the one that is kept back."""
