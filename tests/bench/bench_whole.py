@@ -9,6 +9,8 @@ bit, and nothing of other precisions: their scores are so close that roundings c
 shipped bundle, on scenes. `python -m tests.bench equality` compares on few images and times nothing.
 
 Photos are those of a folder that `SEGJOBS_PHOTOS` names; scenes where it names none.
+`python -m tests.bench.bench_whole trained BUNDLE FOLDER` does the same with a model of your own on the photos that it is
+for.
 """
 
 import os
@@ -52,6 +54,8 @@ DEMO_BUNDLE = Path(__file__).parents[2] / "jobs" / "demo_bundle"
 FIRST_FRESH = 5_000_000
 BATCH = 2
 REFERENCE = "reference"
+# What is no JPEG is made one.
+SUFFIXES = (".jpg", ".png")
 MODULE = (sys.executable, "-m", "tests.bench.bench_whole")
 Found = dict[str, Detections]
 # What a way is called, how it is run, and how its images/s are read afterwards.
@@ -101,23 +105,38 @@ def cases() -> tuple[Case, ...]:
 
 def whole(repeats: int = 3) -> None:
     """Measure all, and add the rows: each way once in every turn, bf16 only where the CPU has it."""
-    precisions = ["fp32", "fp32-fast", *(["bf16"] if cpu_has_bf16() else [])]
     for case in cases():
-        with tempfile.TemporaryDirectory() as name:
-            _measure(case, Path(name), repeats, precisions)
+        _measure(case, repeats)
 
 
-def _measure(case: Case, folder: Path, repeats: int, precisions: Sequence[str]) -> None:
-    title = _prepare(case, folder, case.images)
+def _measure(case: Case, repeats: int) -> None:
+    precisions = ["fp32", "fp32-fast", *(["bf16"] if cpu_has_bf16() else [])]
     rates: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
-    for turn in range(repeats):
-        for way, command, rate in _ways(case, folder, turn, precisions):
-            peaks[way] = max(peaks.get(way, 0), _watched(command, folder / f"{way}.log"))
-            rates.setdefault(way, []).append(rate())
-    pairs = {way: _pairs(folder, f"{way}-{repeats - 1}") for way in rates}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        title = _prepare(case, folder, case.images)
+        for turn in range(repeats):
+            for way, command, rate in _ways(case, folder, turn, precisions):
+                peaks[way] = max(peaks.get(way, 0), _watched(command, folder / f"{way}.log"))
+                rates.setdefault(way, []).append(rate())
+        pairs = {way: _pairs(folder, f"{way}-{repeats - 1}") for way in rates}
     results.add("whole job", _rows(title, rates, peaks, pairs))
     results.add("whole job", _equal_rows(title, pairs))
+
+
+def trained(bundle: Path, photos: Path) -> None:
+    """Measure a trained bundle on photos that it knows things in, and add the rows."""
+    os.environ["SEGJOBS_PHOTOS"] = str(photos)
+    loaded = bundles.load(bundle)
+    case = Case(
+        name=f"{loaded.settings.arch}, trained",
+        bundle=lambda: loaded,
+        images=16,
+        few=16,
+        chunk_size=1,
+    )
+    _measure(case, repeats=3)
 
 
 def equality() -> None:
@@ -248,11 +267,13 @@ def _photos(folder: Path, case: Case, count: int) -> str:
     (folder / "photos").mkdir()
     (folder / "shards").mkdir()
     given = None if case.only_scenes else os.environ.get("SEGJOBS_PHOTOS")
-    paths = sorted(Path(given).glob("*.jpg"))[:count] if given else []
+    paths = sorted(p for p in Path(given).iterdir() if p.suffix in SUFFIXES) if given else []
     for number in range(count):
         target = folder / "photos" / f"{number:04d}.jpg"
-        if paths:
+        if paths and paths[number % len(paths)].suffix == ".jpg":
             target.write_bytes(paths[number % len(paths)].read_bytes())
+        elif paths:
+            Image.open(paths[number % len(paths)]).convert("RGB").save(target, quality=95)
         else:
             drawn = scene(FIRST_FRESH + number, case.scene_hw)
             Image.fromarray(drawn.image).save(target, quality=92)
@@ -342,5 +363,10 @@ def raydata(folder: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    ways = {"plain": plain, "raydata": raydata, REFERENCE: partial(plain, threads=1)}
+    ways = {
+        "plain": plain,
+        "raydata": raydata,
+        REFERENCE: partial(plain, threads=1),
+        "trained": trained,
+    }
     ways[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
