@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/segjobs demo
 
-# The model that the demo ships, trained again from nothing: an hour and a half on two cores.
+# The model that the demo ships, trained again from nothing: two hours and a half on two cores.
 demo-model: .venv/.ready
 	$(BIN)/python -m jobs.demo_model build/demo-model
 
