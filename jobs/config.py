@@ -50,7 +50,7 @@ class PredictConfig:
     max_detections: int | None = option("detections for an image, at most; else the bundle's", None)
     precision: InferencePrecision = option(
         "arithmetic; fp32 is torchvision's to the bit; auto is fp32-fast on CPUs, which rounds "
-        "otherwise, and fp32 on GPUs",
+        "otherwise, and fp32 on GPUs and of maskrcnn_resnet50_fpn_v2",
         "auto",
     )
     decode: Decode = option(

@@ -66,7 +66,7 @@ def run(config: PredictConfig) -> int:
     _refuse_nested(config)
     bundle = load_bundle(config.model, config.endpoint_url)
     pool = lay_out(config, may_grow=(may_grow := connect(config.address)))
-    job = described(config, bundle, _precision(config, pool, plan.load(output)))
+    job = described(config, bundle, _precision(config, bundle, pool, plan.load(output)))
     if config.plan_only:
         _preview(config, job, output, bundle, pool, may_grow=may_grow)
         return 0
@@ -172,11 +172,14 @@ def _log(receipt: Receipt) -> None:
     )
 
 
-def _precision(config: PredictConfig, pool: Pool, frozen: Plan | None) -> InferencePrecision:
+def _precision(
+    config: PredictConfig, bundle: Bundle, pool: Pool, frozen: Plan | None
+) -> InferencePrecision:
     if config.precision == "auto" and frozen is not None:
         # What it was at first: a job that goes on elsewhere keeps to it.
         return cast("InferencePrecision", frozen.job["precision"])
-    precision = resolved(config.precision, "cuda" if pool.gpus_per_actor else "cpu")
+    device_type = "cuda" if pool.gpus_per_actor else "cpu"
+    precision = resolved(config.precision, device_type, bundle.settings.arch)
     if precision == "fp32" and config.compile:
         raise ConfigError(
             "--compile: fp32 is torchvision's to the bit, and what is compiled rounds otherwise: "

@@ -106,7 +106,7 @@ class Predictor:
             raise ValueError(
                 f"batch_size ({batch_size}) and max_detections ({max_detections}) must be 1 or more"
             )
-        self.precision = resolved(precision, self.device.type)
+        self.precision = resolved(precision, self.device.type, bundle.settings.arch)
         if compiled:
             _refuse_to_compile(self.precision)
         self.compiled = compiled

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results.csv")
+# What has changed besides the table itself.
+CHANGES = ("diff", "--stat", "HEAD", "--", ".", ":!tests/bench/results.csv")
+QUICK_FLAGS = ("avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 COLUMNS = ("date", "commit", "hardware", "benchmark", "case", "measure", "value", "unit", "note")
 
 
@@ -28,7 +31,7 @@ def add(benchmark: str, rows: Iterable[Mapping[str, Any]]) -> None:
 def _circumstances() -> dict[str, str]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("diff", "--stat") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git(*CHANGES) else ""),
         "hardware": _hardware(),
     }
 
@@ -39,9 +42,11 @@ def _git(*arguments: str) -> str:
 
 
 def _hardware() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    """Name the processor, and what of it decides how quick networks are: the name alone does not say."""
+    if not (told := Path("/proc/cpuinfo")).exists():
+        return platform.processor()
+    lines = [line.partition(":") for line in told.read_text().splitlines()]
+    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
+    flags = {flag for key, _, value in lines if key.strip() == "flags" for flag in value.split()}
+    has = " ".join(flag for flag in QUICK_FLAGS if flag in flags)
+    return f"{len(names)} x {names[0]} ({has})" if names else platform.processor()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.transform import _resize_image_and_masks
 
-from segmodel.settings import DEFAULT_SIZES, ModelSettings, network_size
+from segmodel.settings import ARCHITECTURES, DEFAULT_SIZES, ModelSettings, network_size, resolved
 
 
 def settings_with(**changes: Any) -> ModelSettings:
@@ -91,3 +91,14 @@ def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) 
 def test_values_at_the_edge_are_taken() -> None:
     edge = settings_with(num_classes=2, min_size=32, max_size=32, norm="frozen", norm_eps=0.0)
     assert (edge.num_classes, edge.min_size, edge.max_size) == (2, 32, 32)
+
+
+def test_auto_is_quicker_only_where_that_was_proved() -> None:
+    chosen = {arch: resolved("auto", "cpu", arch) for arch in ARCHITECTURES}
+    assert chosen == {
+        "maskrcnn_resnet50_fpn": "fp32-fast",
+        "maskrcnn_resnet50_fpn_v2": "fp32",
+        "small": "fp32-fast",
+    }
+    assert {resolved("auto", "cuda", arch) for arch in ARCHITECTURES} == {"fp32"}
+    assert resolved("bf16", "cpu", "maskrcnn_resnet50_fpn_v2") == "bf16"
