@@ -49,4 +49,4 @@ def _hardware() -> str:
     names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
     flags = {flag for key, _, value in lines if key.strip() == "flags" for flag in value.split()}
     has = " ".join(flag for flag in QUICK_FLAGS if flag in flags)
-    return f"{len(names)} x {names[0]} ({has})" if names else platform.processor()
+    return f"{len(names)} x {names[0]}{has and f' ({has})'}" if names else platform.processor()
