@@ -21,6 +21,7 @@ from jobs.encode import RAW, raw_row
 from jobs.envelope import Envelope, PredictError, chunk_id_of, failed, seal, unseal
 from jobs.metrics import Metrics
 from jobs.watchdog import Watchdog
+from segmodel.allocator import keep_freed_memory
 from segmodel.bundle import Bundle
 from segmodel.images import ImageError, Picture, decode_reduced
 from segmodel.inference import Predictor
@@ -109,6 +110,7 @@ class Predict:
     """
 
     def __init__(self, model: Model, pool: Pool) -> None:
+        keep_freed_memory()
         threads = pool.threads_on(own_node())
         if not pool.gpus_per_actor:
             torch.set_num_threads(threads)

@@ -18,6 +18,8 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from segmodel.allocator import ONE_ARENA
+
 # Ray stops idle processes beyond the number of CPUs after a second. Tasks that reserve a part of a CPU
 # have more, and one that is started again imports torch for seconds: of a training on two CPUs,
 # that took half of the time. And a task that takes too much memory it would start again for ever.
@@ -46,6 +48,9 @@ def connect(address: str | None) -> bool:
     if not ray.is_initialized():
         quieten()
         settings = {"address": address} if address else LOCAL
+        if not address:
+            for name, value in ONE_ARENA.items():
+                os.environ.setdefault(name, value)
         ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
     return bool(address)
 

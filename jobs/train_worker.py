@@ -25,6 +25,7 @@ from jobs.cluster import ClusterError
 from jobs.store import Store
 from jobs.training_set import TrainingSet
 from segmodel import plots
+from segmodel.allocator import keep_freed_memory
 from segmodel.augment import Augmentation
 from segmodel.bundle import Bundle
 from segmodel.targets import Sample
@@ -86,6 +87,7 @@ class _Training:
     """One worker's part."""
 
     def __init__(self, job: Job) -> None:
+        keep_freed_memory()
         self.job = job
         self.rank, self.num_workers = dist.get_rank(), dist.get_world_size()
         device = ray.train.torch.get_device()

@@ -18,6 +18,7 @@ from PIL import Image
 
 from jobs.storage import open_store
 from jobs.store import Store
+from segmodel.allocator import ONE_ARENA
 
 # No test asserts a time.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -35,6 +36,8 @@ ENVIRONMENT = {
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "AWS_EC2_METADATA_DISABLED": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # As of a local Ray that a verb starts.
+    **ONE_ARENA,
 }
 CLEARED = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION", "RAY_ADDRESS")
 

@@ -7,6 +7,7 @@ actors have together.
 
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,18 +16,23 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 from PIL import Image
 
 from segmodel import bundle, initial, scenes
+from segmodel.allocator import ONE_ARENA, keep_freed_memory
 from segmodel.settings import Architecture, ModelSettings
 from tests.bench import results
 
 PER_SHARD = 100
 CHUNK_SIZE = 16
+# Of a job that is timed. Actors that take turns between two chunks finish both together, so it divides by four.
+CHUNKS = 40
 # What a trained model finds in a busy picture; random weights find as many as are allowed.
 DETECTIONS = 20
 POLL_S = 0.2
@@ -37,14 +43,14 @@ CORES = len(psutil.Process().cpu_affinity())
 def cost(repeats: int = 3) -> None:
     """Measure images/s of the job against the bare loop, in turns, for both sizes of model."""
     for arch, min_size, num_images in (
-        ("small", 320, 300),
-        ("maskrcnn_resnet50_fpn", 800, 40),
+        ("small", 320, 320),
+        ("maskrcnn_resnet50_fpn", 800, 80),
     ):
         _cost(arch, min_size, num_images, repeats)
 
 
 def _cost(arch: Architecture, min_size: int, num_images: int, repeats: int) -> None:
-    chunk_size = max(2, num_images // 20)
+    chunk_size = num_images // CHUNKS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_bundle(folder / "model", min_size, arch)
@@ -57,7 +63,8 @@ def _cost(arch: Architecture, min_size: int, num_images: int, repeats: int) -> N
             started = time.perf_counter()
             job(folder / "shards", output, model, DETECTIONS, chunk_size)
             whole.append(num_images / (time.perf_counter() - started))
-            steady.append(steady_rate(output))
+            # The bare loops, too, are timed while each of them has images.
+            steady.append(steady_rate(output, tail=False))
     case = f"{arch} at {min_size} px, {num_images} scenes of 640x480, {DETECTIONS} detections"
     turns = f"in {repeats} turns, bare loops and job by turns"
     rates = {
@@ -93,39 +100,65 @@ def _median(
     return row(case, measure, statistics.median(values), unit, note)
 
 
-def memory(sizes: tuple[int, ...] = (200, 2000), min_size: int = 64) -> None:
-    """Measure how memory and speed hold when images grow in number.
+def memory(
+    sizes: tuple[int, ...] = (400, 1200, 3600), min_size: int = 320, repeats: int = 2
+) -> None:
+    """Measure how memory and time grow with the images, the small network on scenes.
 
-    The peak memory of the driver and of each kind of worker, and images/s, for several numbers of images.
+    The peak memory of the driver and of each kind of worker; seconds for each image that one size has more than
+    the one before, start and end of the job included; and images/s in each quarter of the longest job.
     """
-    peaks: dict[int, dict[str, float]] = {}
-    rates: dict[int, float] = {}
+    peaks: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    took: dict[int, list[float]] = {size: [] for size in sizes}
+    quarters: list[list[float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_bundle(folder / "model", min_size)
-        for num_images in sizes:
-            shards, output = folder / f"shards-{num_images}", folder / f"out-{num_images}"
-            make_shards(shards, num_images, (480, 640))
-            peaks[num_images] = job(shards, output, model, 4)
-            rates[num_images] = steady_rate(output)
-    network = f"small at {min_size} px"
-    results.add("memory", _growth(network, "peak of {}", "MiB", peaks, MEMORY_NOTE))
-    steady = {num_images: {"job": rate} for num_images, rate in rates.items()}
-    results.add("linear cost", _growth(network, "{}, steady", "images/s", steady, "one run"))
+        for size in sizes:
+            make_shards(folder / f"shards-{size}", size, (480, 640))
+        for repeat in range(repeats):
+            for size in sizes:
+                output = folder / f"out-{size}-{repeat}"
+                started = time.perf_counter()
+                peaks[size].append(job(folder / f"shards-{size}", output, model, DETECTIONS))
+                took[size].append(time.perf_counter() - started)
+            quarters.append(rates_of_parts(output, 4))
+    turns = f"in {repeats} turns"
+    network = f"small at {min_size} px, {DETECTIONS} detections"
+    results.add("memory", _memory_rows(network, peaks, turns))
+    results.add("linear cost", _cost_rows(network, took, quarters, turns))
 
 
-def _growth(
-    network: str, measure: str, unit: str, found: Mapping[int, Mapping[str, float]], note: str
+def _memory_rows(
+    network: str, peaks: Mapping[int, Sequence[Mapping[str, float]]], turns: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows for each number of images, and of what the most give against what the fewest do."""
-    for num_images, values in found.items():
-        case = f"{network}, {num_images} images"
-        for name, value in sorted(values.items()):
-            yield row(case, measure.format(name), value, unit, note)
-    fewest, most = min(found), max(found)
-    case = f"{network}, {most} / {fewest} images"
-    for name in sorted(found[fewest]):
-        yield row(case, measure.format(name), found[most][name] / found[fewest][name], "ratio")
+    roles = sorted(peaks[min(peaks)][0])
+    for size, found in peaks.items():
+        for role in roles:
+            case, values = f"{network}, {size} images", [one[role] for one in found]
+            yield _median(case, f"peak of {role}", values, "MiB", f"{turns}; {MEMORY_NOTE}")
+    fewest, most = peaks[min(peaks)], peaks[max(peaks)]
+    for role in roles:
+        ratios = _ratios([one[role] for one in most], [one[role] for one in fewest])
+        case = f"{network}, {max(peaks)} / {min(peaks)} images"
+        yield _median(case, f"peak of {role}", ratios, "ratio", turns)
+
+
+def _cost_rows(
+    network: str,
+    took: Mapping[int, Sequence[float]],
+    quarters: Sequence[Sequence[float]],
+    turns: str,
+) -> Iterator[dict[str, Any]]:
+    for size, seconds in took.items():
+        yield _median(f"{network}, {size} images", "job, start to end", seconds, "s", turns)
+    for fewer, more in pairwise(took):
+        case = f"{network}, from {fewer} to {more} images"
+        each = [(b - a) / (more - fewer) for a, b in zip(took[fewer], took[more], strict=True)]
+        yield _median(case, "each image more", [1000 * one for one in each], "ms", turns)
+    for number, rates in enumerate(zip(*quarters, strict=True), 1):
+        case = f"{network}, {max(took)} images"
+        yield _median(case, f"quarter {number} of the chunks", rates, "images/s", turns)
 
 
 def row(case: str, measure: str, value: float, unit: str, note: str = "") -> dict[str, Any]:
@@ -212,28 +245,59 @@ def anonymous_mib(pid: int) -> float:
     return 0.0
 
 
-def steady_rate(output: Path) -> float:
-    """Return images/s without start-up: from when each actor has finished its first chunks."""
+def steady_rate(output: Path, *, tail: bool = True) -> float:
+    """Return images/s without start-up: from when each actor has finished its first chunks.
+
+    Without `tail` until there are as many chunks left as all actors hold, since some have none to do then.
+    """
+    return _rate(_finished(output, tail=tail))
+
+
+def rates_of_parts(output: Path, number: int) -> list[float]:
+    """Return images/s in each of so many parts of a job, in their order, without start-up and tail."""
+    finished = _finished(output, tail=False)
+    bounds = [index * (len(finished) - 1) // number for index in range(number + 1)]
+    return [_rate(finished[first : last + 1]) for first, last in pairwise(bounds)]
+
+
+def _finished(output: Path, *, tail: bool) -> list[tuple[float, int]]:
+    """Return when chunks were finished, and their images; the first one is where the time begins."""
+    # Here, since the accelerator's part imports this module where there is no Ray.
+    from jobs.pipeline import CHUNKS_IN_ACTOR
+
     manifest = json.loads((output / "_manifest.json").read_text())
-    skipped = 2 * manifest["pool"]["max_actors"]
-    times = sorted(found.stat().st_mtime for found in (output / "predictions").iterdir())
-    images = manifest["run"]["images"] * (len(times) - skipped) / len(times)
-    return float(images / (times[-1] - times[skipped - 1]))
+    held = CHUNKS_IN_ACTOR * manifest["pool"]["max_actors"]
+    objects = (output / "predictions").iterdir()
+    chunks = sorted((path.stat().st_mtime, pq.read_metadata(path).num_rows) for path in objects)
+    return chunks[held - 1 : None if tail else -held]
+
+
+def _rate(finished: Sequence[tuple[float, int]]) -> float:
+    images = sum(count for _, count in finished[1:])
+    return images / (finished[-1][0] - finished[0][0])
 
 
 def bare_loop(folder: Path, model: Path, threads: int) -> float:
     """Return images/s of a loop over `Predictor` in a fresh process, without its start-up."""
-    done = subprocess.run(_bare_command(folder, model, threads), capture_output=True, check=True)
+    command = _bare_command(folder, model, threads)
+    done = subprocess.run(command, capture_output=True, check=True, env=_environment())
     return float(done.stdout)
 
 
 def bare_loops(folder: Path, model: Path) -> float:
     """Return images/s of as many such processes at once as there are cores, of one thread each."""
     running = [
-        subprocess.Popen(_bare_command(folder, model, 1), stdout=subprocess.PIPE)
+        subprocess.Popen(
+            _bare_command(folder, model, 1), stdout=subprocess.PIPE, env=_environment()
+        )
         for _ in range(CORES)
     ]
     return sum(float(process.communicate()[0]) for process in running)
+
+
+def _environment() -> dict[str, str]:
+    """Return what a local Ray gives its processes."""
+    return {**os.environ, **ONE_ARENA}
 
 
 def _bare_command(folder: Path, model: Path, threads: int) -> list[str]:
@@ -248,6 +312,7 @@ def _bare(shards: Path, model: Path, threads: int) -> float:
     from segmodel.images import decode
     from segmodel.inference import Predictor
 
+    keep_freed_memory()
     torch.set_num_threads(threads)
     masks.warm_up()
     predictor = Predictor(bundle.load(model), "cpu", score_threshold=0, max_detections=DETECTIONS)

@@ -32,6 +32,7 @@ from tests.bench import results
 from tests.bench.bench_job import row
 
 DEMO_BUNDLE = Path(__file__).parents[2] / "jobs" / "demo_bundle"
+CPU = torch.device("cpu")
 # Not those that the bundle was trained on.
 FRESH = range(5_000_000, 5_000_040)
 
@@ -57,12 +58,24 @@ class Set:
 
 def precision() -> None:
     """Measure the shipped bundle on fresh scenes, and add the rows."""
-    made = [scenes.scene(seed) for seed in FRESH]
-    names = [f"{number}.jpg" for number in range(len(made))]
-    truth = list(coco.rows(scenes.coco(made, names)))
-    compare(
-        load(DEMO_BUNDLE), Set(name="fresh scenes", images=[m.image for m in made], truth=truth)
-    )
+    compare(load(DEMO_BUNDLE), fresh(len(FRESH)))
+
+
+def accelerated(device: torch.device, count: int) -> None:
+    """Measure the shipped bundle on so many fresh scenes and a GPU, and add the rows; on a CPU to see that it runs."""
+    kinds = get_args(InferencePrecision)[1:] if device.type != "cpu" else ("fp32", "fp32-fast")
+    pictures = fresh(count)
+    ways = [Way(name=kind, precision=kind, images=pictures.images) for kind in kinds]
+    bundle = load(DEMO_BUNDLE)
+    case = f"{_network(bundle)}, {count} {pictures.name}, {device.type}"
+    _measure(bundle, case, pictures.truth, ways, device)
+
+
+def fresh(count: int) -> Set:
+    """Return scenes that the shipped bundle was not trained on."""
+    made = [scenes.scene(seed) for seed in FRESH[:count]]
+    truth = list(coco.rows(scenes.coco(made, [f"{number}.jpg" for number in range(len(made))])))
+    return Set(name="fresh scenes", images=[one.image for one in made], truth=truth)
 
 
 def packed(bundle: Path, folder: str, min_size: int | None = None) -> None:
@@ -146,13 +159,18 @@ def _jpeg(pixels: Any) -> bytes:
 
 
 def _measure(
-    bundle: Bundle, case: str, truth: Sequence[dict[str, Any]], ways: Iterable[Way]
+    bundle: Bundle,
+    case: str,
+    truth: Sequence[dict[str, Any]],
+    ways: Iterable[Way],
+    device: torch.device = CPU,
 ) -> None:
     """Add rows for each way, whose masks are compared with those of the first."""
-    torch.set_num_threads(1)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     reference: list[list[dict[str, Any]]] = []
     for way in ways:
-        seconds, found = _predict(bundle, way)
+        seconds, found = _predict(bundle, way, device)
         reference = reference or found
         scores = evaluate(
             truth, [{**t, "detections": d} for t, d in zip(truth, found, strict=True)]
@@ -168,9 +186,11 @@ def _measure(
         results.add("precision", [row(case, f"{name}, {m}", v, u, note) for m, v, u in measured])
 
 
-def _predict(bundle: Bundle, way: Way) -> tuple[float, list[list[dict[str, Any]]]]:
+def _predict(
+    bundle: Bundle, way: Way, device: torch.device
+) -> tuple[float, list[list[dict[str, Any]]]]:
     """Return CPU seconds for an image, without building and compiling, and what is found."""
-    predictor = Predictor(bundle, "cpu", way.precision, compiled=way.compiled)
+    predictor = Predictor(bundle, str(device), way.precision, compiled=way.compiled)
     by_label, found = bundle.by_label(), []
     masks.warm_up()
     # Compiled with the first.

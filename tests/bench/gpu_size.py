@@ -14,6 +14,7 @@ class Size:
         shrink: Divides the sides of photos.
         photos: How many, of each kind but the large ones.
         large: How many of 12 megapixels.
+        scenes: How many show what a precision costs.
         rounds: How often a turn of ours goes over the photos; plain torchvision goes once.
         turns: How often each is timed.
         batch: Images in a batch.
@@ -26,6 +27,7 @@ class Size:
     shrink: int
     photos: int
     large: int
+    scenes: int
     rounds: int
     turns: int
     batch: int
@@ -40,6 +42,7 @@ GPU = Size(
     shrink=1,
     photos=64,
     large=8,
+    scenes=40,
     rounds=16,
     turns=3,
     batch=16,
@@ -53,6 +56,7 @@ TOY = Size(
     shrink=16,
     photos=2,
     large=2,
+    scenes=2,
     rounds=1,
     turns=3,
     batch=2,
