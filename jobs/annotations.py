@@ -238,11 +238,13 @@ def _resolve(
 
 
 def _refuse_shared(annotations: Annotations, places: list[_Place]) -> None:
-    names: dict[str, str] = {}
+    # As they stand in the file: `a.jpg` and `./a.jpg` are two records.
+    written = annotations.rows["image_id"].to_pylist()
+    first: dict[str, int] = {}
     shared = [
-        f"{names[place.image_id]!r} and {name!r} are {place.image_id!r}"
-        for name, place in zip(annotations.file_names, places, strict=True)
-        if names.setdefault(place.image_id, name) != name
+        f"{written[first[place.image_id]]!r} and {written[row]!r} are {place.image_id!r}"
+        for row, place in enumerate(places)
+        if first.setdefault(place.image_id, row) != row
     ]
     if shared:
         raise PackError(

@@ -55,7 +55,10 @@ def path_of(steps: int) -> str:
 
 
 def save(store: Store, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, then remove the older ones but for the best."""
+    """Write a checkpoint, then remove the older ones but for the best.
+
+    A run that was given up and still writes removes nothing: what is best is for the one that went on to say.
+    """
     header = {
         name: getattr(checkpoint, name)
         for name in ("steps", "position", "plain", "history", "best")
@@ -65,6 +68,8 @@ def save(store: Store, checkpoint: Checkpoint) -> None:
     )
     store.put(path_of(checkpoint.steps), data)
     paths = sorted(found.path for found in store.list_objects(FOLDER))
+    if paths[-1] != path_of(checkpoint.steps):
+        return
     best = path_of(checkpoint.best["step"]) if checkpoint.best else None
     for path in paths[:-KEPT]:
         if path != best:

@@ -1,7 +1,7 @@
 """What is exported: the rows of a table one after another, its categories, and names for its images."""
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeAlias
@@ -9,11 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from jobs import documents, tables
+from jobs import tables
 from jobs.detect import Input, InputError, is_shard, objects_of
 from jobs.index import id_digest
 from jobs.safe_names import safe_name, safe_path
-from jobs.write import MANIFEST
 
 Row: TypeAlias = dict[str, Any]
 UInt64: TypeAlias = npt.NDArray[np.uint64]
@@ -97,7 +96,7 @@ def survey(table: Input, *, names: bool) -> Survey:
     Raises:
         InputError: Two rows are of the same image, or two names of the same category.
     """
-    found = {int(one["id"]): str(one["name"]) for one in _known(table)}
+    found = {int(one["id"]): str(one["name"]) for one in tables.categories(table)}
     columns = ["image_id", "detections.category_id", "detections.category"]
     num_rows = 0
     ids, stems, paths = array("Q"), array("Q"), array("Q")
@@ -175,16 +174,6 @@ def _scores(detection: Mapping[str, Any], threshold: float | None) -> bool:
     score = detection["score"]
     # A threshold of 0.9 keeps what is float32 0.9, slightly less.
     return threshold is None or score is None or score >= float(np.float32(threshold))
-
-
-def _known(table: Input) -> Sequence[Mapping[str, Any]]:
-    """Return the categories that there are, used or not, so that their order stays from table to table."""
-    if table.categories:
-        return table.categories
-    if table.store.info(MANIFEST) is None:
-        return ()
-    manifest = documents.read(table.store, MANIFEST, made_by_us=False)
-    return list(manifest.get("categories", ()))
 
 
 def _add_categories(found: dict[int, str], detections: Any, table: Input) -> None:

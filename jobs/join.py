@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import chunks
+from jobs import chunks, tables
 from jobs.chunks import Chunk
 from jobs.detect import FOOTER_WINDOW, Input, InputError, objects_of
 from jobs.index import id_digest
@@ -124,7 +124,7 @@ def _rows_of(store: Store, info: ObjectInfo) -> list[_Rows]:
 
 
 def _categories(pairs: frozenset[tuple[int, str]], table: Input) -> list[dict[str, Any]]:
-    names: dict[int, str] = {}
+    names = {one["id"]: one["name"] for one in tables.categories(table)}
     for number, name in pairs:
         if names.setdefault(number, name) != name:
             raise PackError(

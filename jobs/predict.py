@@ -153,7 +153,7 @@ def _work_off(
         "retries": dict(retries.so_far()),
         "bytes": dict(traffic.so_far()),
     }
-    write.put_marks(output, _manifest(config, planned, counts, pool, facts_of_run))
+    write.put_marks(output, _manifest(config, planned, counts, pool, bundle, facts_of_run))
     predict_view.show_summary(counts, output, facts_of_run, busy)
     return counts
 
@@ -323,13 +323,20 @@ def _refuse_nested(config: PredictConfig) -> None:
 
 
 def _manifest(
-    config: PredictConfig, planned: Plan, counts: Counts, pool: Pool, of_run: Mapping[str, Any]
+    config: PredictConfig,
+    planned: Plan,
+    counts: Counts,
+    pool: Pool,
+    bundle: Bundle,
+    of_run: Mapping[str, Any],
 ) -> dict[str, Any]:
     packages = ("segjobs", "ray", "torch", "torchvision", "pyarrow", "pycocotools")
     return {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan_id": planned.plan_id,
         "counts": asdict(counts),
+        # All that the model knows: a table need not have any of them.
+        "categories": [{"id": one.id, "name": one.name} for one in bundle.categories],
         "chunks": planned.chunks.num_rows,
         "job": dict(planned.job),
         "format": planned.format,

@@ -1,17 +1,19 @@
 """Tables of the one schema that lie at a URI: whose images they hold, and their rows, a row group at a time."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs import documents
 from jobs.detect import Input, InputError, objects_of
 from jobs.store import ObjectInfo, StorageError, Store
 from jobs.versions import look_at_table
-from jobs.write import FOOTER_THREADS
+from jobs.write import FOOTER_THREADS, MANIFEST
 
 NAMES = ("image_id", "shard", "key")
 # What is compared; the images of packed sets stay where they are.
@@ -94,6 +96,19 @@ def open_tables(uri: str, endpoint_url: str | None) -> Tables:
         names=pa.concat_tables(names for _, names, _ in parts),
         models=tuple(sorted({model for _, _, model in parts if model})),
     )
+
+
+def categories(table: Input) -> Sequence[Mapping[str, Any]]:
+    """Return `{"id", "name"}` of the categories that a table could have, as its version or job says.
+
+    Used or not, so that their order and number stay from table to table; none where nothing says.
+    """
+    if table.categories:
+        return table.categories
+    if table.store.info(MANIFEST) is None:
+        return ()
+    manifest = documents.read(table.store, MANIFEST, made_by_us=False)
+    return list(manifest.get("categories", ()))
 
 
 def read(store: Store, group: RowGroup) -> pa.Table:

@@ -54,7 +54,7 @@ class TrainConfig:
         "auto",
     )
     norm: Literal["auto", "train", "sync", "frozen"] = option(
-        "batch statistics; auto freezes those of --model, else trains them (over all GPUs: sync)",
+        "batch statistics; auto freezes those of --model, and trains those of random weights (over all GPUs: sync)",
         "auto",
     )
     freeze_stages: int = option("stages of the backbone, from the image on, that stay", 0)

@@ -85,6 +85,7 @@ def _bundle(config: TrainConfig, task: Task, best: Checkpoint, scored: Mapping[s
             "trained by": "segjobs train",
             "started from": config.model or f"random weights, seed {config.seed}",
             "first digest": task.bundle.digest[:12],
+            "what was known of them": dict(task.bundle.provenance),
             "training set": f"{', '.join(config.train_sets)}: {task.train.num_rows} images, digest {task.train.digest[:12]}",
             "validation set": task.val
             and f"{config.val}: {task.val.num_rows} images, digest {task.val.digest[:12]}",

@@ -99,7 +99,7 @@ def freeze(output: Store, config: TrainConfig, task: Task) -> None:
     Raises:
         ConfigError: The output belongs to another training; the message names the difference.
     """
-    # Whatever the places are called now: what lies there has a digest.
+    # Whatever the places are called now: what lies there has a digest, of paths, sizes and etags.
     settings = {
         n: v for n, v in _described_by(config).items() if n not in ("train", "val", "model")
     }
@@ -172,7 +172,7 @@ def _recipe(config: TrainConfig, bundle: Bundle, *, gpus: bool) -> Recipe:
     norm: Norm
     if config.norm != "auto":
         norm = config.norm
-    elif config.model is not None:
+    elif bundle.settings.norm == "frozen" or bundle.provenance.get("weights") != "random":
         norm = "frozen"
     else:
         # One worker, too, may be joined by others.

@@ -22,7 +22,7 @@ from jobs import checkpoints, feed, training_set, validation
 from jobs.board import Entry
 from jobs.checkpoints import Checkpoint, Point
 from jobs.cluster import ClusterError
-from jobs.store import Store
+from jobs.store import ChangedError, DamagedError, Store
 from jobs.training_set import TrainingSet
 from segmodel import plots
 from segmodel.allocator import keep_freed_memory
@@ -75,7 +75,7 @@ def run(config: Mapping[str, Any]) -> None:
         return
     try:
         _Training(job).go()
-    except (ValueError, TrainingError) as error:
+    except (ValueError, TrainingError, DamagedError, ChangedError, FileNotFoundError) as error:
         # What data or settings did would happen again. But where Ray Train has taken the process group
         # away, since a node is lost or added, torch raises a ValueError, too.
         if dist.is_initialized():
@@ -119,14 +119,13 @@ class _Training:
     def go(self) -> None:
         """Train, evaluate and save until nothing is left."""
         self._post({"workers": self.num_workers, "step": self.trainer.steps})
-        if self.position and self._evaluation_is_due(self.position - self.stride):
+        if self.position and self._evaluation_is_due():
             # Went on from a checkpoint that was saved for an evaluation.
             self._evaluate_and_save()
         self.clock = time.monotonic()
         for samples in self._micro_batches():
-            before = self.position
             self._step(samples)
-            if self._evaluation_is_due(before):
+            if self._evaluation_is_due():
                 self._evaluate_and_save()
                 self.clock = time.monotonic()
             elif self.trainer.steps % self.job.checkpoint_every == 0:
@@ -297,13 +296,15 @@ class _Training:
         first, behind = self.order.start(epoch), self.order.start(epoch + 1)
         return epoch + (self.position - first) / (behind - first)
 
-    def _evaluation_is_due(self, before: int) -> bool:
+    def _evaluation_is_due(self) -> bool:
+        """Say whether epochs were finished since the last evaluation, with however many workers."""
         if self.job.val is None:
             return False
         if self.position == self.stop:
             return True
-        first, now = self.order.epoch(before), self.order.epoch(self.position)
-        return now // self.job.eval_every > first // self.job.eval_every
+        evaluated = [int(point["epoch"]) for point in self.history if "loss" not in point]
+        last, now = max(evaluated, default=0), self.order.epoch(self.position)
+        return now // self.job.eval_every > last // self.job.eval_every
 
     def _evaluate(self, val: TrainingSet) -> None:
         """Evaluate the weights as they are now, each worker a part of the set."""

@@ -15,7 +15,7 @@ from jobs import documents, versions
 from jobs.chunks import SHARDS_FOLDER
 from jobs.detect import InputError, objects_of
 from jobs.storage import open_store
-from jobs.store import ObjectInfo, StorageError, Store
+from jobs.store import DamagedError, ObjectInfo, StorageError, Store
 from jobs.write import FOOTER_THREADS, FOOTER_WINDOW, MANIFEST
 from segmodel.schema import IMAGE, TRAINING
 
@@ -157,7 +157,8 @@ def read_chunk(chunk: RowGroup) -> pa.Table:
         A table of `ROWS` with `chunk.num_rows` rows, in the shard's order.
 
     Raises:
-        StorageError: The shard changed, is gone or is damaged, or the store failed for good.
+        DamagedError: The shard is damaged.
+        StorageError: It changed or is gone, or the store failed for good.
     """
     # The first read fetches all of the group, the one of the footer before it what is behind.
     file = _open(chunk.store, chunk.info, chunk.num_bytes)
@@ -166,7 +167,7 @@ def read_chunk(chunk: RowGroup) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, StorageError | FileNotFoundError):
             raise
-        raise StorageError(
+        raise DamagedError(
             f"row group {chunk.group} of {chunk.url} is damaged: {' '.join(str(error).split())}: "
             "pack this set again"
         ) from error

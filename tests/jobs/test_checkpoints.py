@@ -43,6 +43,19 @@ def test_the_best_and_the_last_two_are_kept(tmp_path: Path) -> None:
     assert checkpoints.last(store) == checkpoints.path_of(1000)
 
 
+def test_a_run_that_was_given_up_removes_nothing_of_the_one_that_goes_on(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for steps in (20, 30, 40):
+        checkpoints.save(store, replace(CHECKPOINT, steps=steps, best={"step": 20}))
+    checkpoints.save(store, replace(CHECKPOINT, steps=25, best={"step": 10}))
+    kept = [found.path for found in store.list_objects(checkpoints.FOLDER)]
+    assert kept == [checkpoints.path_of(steps) for steps in (20, 25, 30, 40)]
+    # The next one of the run that goes on takes it away.
+    checkpoints.save(store, replace(CHECKPOINT, steps=50, best={"step": 20}))
+    kept = [found.path for found in store.list_objects(checkpoints.FOLDER)]
+    assert kept == [checkpoints.path_of(steps) for steps in (20, 40, 50)]
+
+
 def test_a_best_one_that_is_gone_is_known_to_be(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     checkpoints.save(store, replace(CHECKPOINT, steps=5))

@@ -272,6 +272,9 @@ REFUSED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "1 images have more than one record in .*: 'a/0.png' and '0.png' are 'a#0.png'": named(
         "a/0.png", "0.png"
     ),
+    r"1 images have more than one record in .*: 'a/0.png' and '\./a/0.png' are 'a#0.png'": named(
+        "a/0.png", "./a/0.png"
+    ),
     r"image 'a#2.png' has 48 x 64 pixels .* record says 64 x 48": lambda file: file["images"][
         2
     ].update(height=64, width=48),

@@ -124,6 +124,21 @@ def test_a_threshold_drops_detections_not_rows(
     assert "score_threshold was 0.7 and is now 0.6" in capsys.readouterr().err
 
 
+def test_categories_that_nothing_has_stay(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    root, rows = place
+    put_table(root, rows)
+    known = [{"id": 2, "name": "dog"}, {"id": 5, "name": "newt"}, {"id": 7, "name": "cat"}]
+    manifest = root / "table" / "_manifest.json"
+    manifest.write_text(json.dumps({"categories": known}))
+    assert pack(root) == 0
+    assert json.loads((root / "out" / "_manifest.json").read_text())["categories"] == known
+
+    known[0]["name"] = "hound"
+    manifest.write_text(json.dumps({"categories": known}))
+    assert pack(root, "--output", str(root / "other")) == 1
+    assert "category 2 is 'hound' and 'dog'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_packed_set_is_a_table_too(place: Place) -> None:
     root, rows = place
     put_table(root, [{**row, "image": {"bytes": b"old", "path": ""}} for row in rows], TRAINING)

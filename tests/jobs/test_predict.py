@@ -206,6 +206,7 @@ def test_marks_and_manifest_say_what_was_done(
     store = open_store(outputs["webdataset"], s3.endpoint_url)
     manifest = json.loads(store.read("_manifest.json"))
     assert manifest["counts"]["images"] == len(photos)
+    assert manifest["categories"] == [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
     assert manifest["counts"]["errors"] == {"truncated": 1, "empty": 1, "unknown_format": 1}
     assert manifest["counts"]["detections"] == DETECTIONS * (len(photos) - 3)
     assert manifest["job"]["max_detections"] == DETECTIONS

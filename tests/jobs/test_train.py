@@ -319,12 +319,14 @@ def test_an_image_that_does_not_fit_its_annotations_is_named(
 def test_other_categories_keep_the_rest_of_the_model(
     packed: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "out"
-    more = ("--epochs", "1", "--model", str(tiny_bundle))
-    assert train(packed, output, *more) == 0
+    output, model = tmp_path / "out", tmp_path / "model"
+    known = replace(bundle.load(tiny_bundle), provenance={"trained by": "somebody"})
+    bundle.save(model, known)
+    assert train(packed, output, "--epochs", "1", "--model", str(model)) == 0
     assert "0 of 4 categories are kept" in " ".join(capsys.readouterr().out.split())
     before, after = bundle.load(tiny_bundle), bundle.load(output / "bundle")
     assert after.settings.num_classes == 5
+    assert after.provenance["what was known of them"]["trained by"] == "somebody"
     # Fine-tuning keeps the normalisation as it came.
     name = "backbone.body.0.1.running_mean"
     assert (before.weights[name] == after.weights[name]).all()
@@ -364,6 +366,26 @@ def test_auto_is_the_precision_of_the_processor_and_then_that_of_the_training(
     assert train_task.settled(asked, output, gpus=False) == config
     other = replace(asked, precision="fp16")
     assert train_task.settled(other, output, gpus=False) == other
+
+
+def test_statistics_are_frozen_where_they_have_seen_data(
+    packed: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    known = replace(bundle.load(tiny_bundle), provenance={"trained by": "segjobs train"})
+    bundle.save(tmp_path / "known", known)
+    found = {
+        model: train_task.make(
+            TrainConfig(
+                train=str(packed / "train"),
+                output=str(tmp_path / "out"),
+                model=model and str(model),
+                precision="fp32",
+            ),
+            gpus=False,
+        ).recipe.norm
+        for model in (None, tiny_bundle, tmp_path / "known")
+    }
+    assert list(found.values()) == ["train", "train", "frozen"]
 
 
 @pytest.mark.parametrize("norm", ["train", "sync"])

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from jobs import train_worker
 from jobs.board import Board
 from jobs.cluster import ClusterError
-from jobs.train_worker import Job, _Training
+from jobs.store import ChangedError, DamagedError
+from jobs.train_worker import _Training
 from segmodel.order import Order
+from segmodel.training import TrainingError
 
 BATCH: tuple[list[Any], ...] = ([],)
 
@@ -122,30 +124,25 @@ def test_a_feed_that_lost_its_nodes_is_started_anew(cluster: Nodes) -> None:
     assert len(worker.saved) == 1
 
 
-class Refusing:
-    """Stands for the training: a ValueError, of the user's making or of torch's."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def go(self) -> None:
-        raise ValueError("an image has no mask")
-
-
 @pytest.mark.ray
+@pytest.mark.parametrize("error", [ValueError, TrainingError, DamagedError, ChangedError])
 def test_only_a_failure_of_a_group_that_stands_is_final(
-    ray_local: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ray_local: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr(train_worker, "_Training", Refusing)
+    def go() -> None:
+        # A ValueError may be torch's, too.
+        raise error("an image has no mask")
+
+    monkeypatch.setattr(train_worker, "_Training", lambda _: SimpleNamespace(go=go))
     board = ray.remote(num_cpus=0)(Board).remote()
     job = SimpleNamespace(board=board)
     # Ray Train takes the process group away when it starts all workers anew.
-    with pytest.raises(ValueError, match="has no mask"):
+    with pytest.raises(error, match="has no mask"):
         train_worker.run({"job": job})
     assert ray.get(board.failure.remote()) is None
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
     try:
-        with pytest.raises(ValueError, match="has no mask"):
+        with pytest.raises(error, match="has no mask"):
             train_worker.run({"job": job})
     finally:
         dist.destroy_process_group()
@@ -156,10 +153,12 @@ def test_only_a_failure_of_a_group_that_stands_is_final(
 class Evaluating(Waiting):
     """A worker at step 5 with a validation set; what it does is in `done`."""
 
-    def __init__(self, history: list[Any], position: int = 5, epochs: int = 1) -> None:
+    def __init__(
+        self, history: list[Any], position: int = 5, epochs: int = 1, eval_every: int = 1
+    ) -> None:
         super().__init__(saves_needed=0)
         self.history = history
-        self.job: Any = SimpleNamespace(val="some set", eval_every=1, checkpoint_every=100)
+        self.job: Any = SimpleNamespace(val="some set", eval_every=eval_every, checkpoint_every=100)
         self.order = Order(chunk_rows=(5,), batch_size=1, window_chunks=1, seed=0)
         self.position, self.stride, self.stop = position, 1, 5 * epochs
         self.done: list[str] = []
@@ -175,7 +174,8 @@ class Evaluating(Waiting):
 
     def _evaluate(self, val: Any) -> None:
         assert val == "some set"
-        self.history.append({"step": self.trainer.steps, "mask_AP": 0.1})
+        point = {"step": self.trainer.steps, "epoch": round(self._epoch(), 4), "mask_AP": 0.1}
+        self.history.append(point)
         self.done.append("evaluate")
 
     def _save(self) -> None:
@@ -186,10 +186,10 @@ class Evaluating(Waiting):
 @pytest.mark.parametrize(
     ("history", "evaluated"),
     [
-        ([{"step": 4, "loss": 1.0}, {"step": 5, "mask_AP": 0.1}], False),
+        ([{"step": 4, "loss": 1.0}, {"step": 5, "epoch": 1.0, "mask_AP": 0.1}], False),
         ([{"step": 5, "loss": 1.0}], True),
         # Not every step is in the history.
-        ([{"step": 3, "mask_AP": 0.1}], True),
+        ([{"step": 3, "epoch": 0.6, "mask_AP": 0.1}], True),
     ],
 )
 def test_the_last_weights_are_evaluated_once(history: list[Any], *, evaluated: bool) -> None:
@@ -210,6 +210,22 @@ def test_an_evaluation_that_was_cut_off_is_made_good_when_the_training_goes_on()
     worker.saved_at = 5
     worker.go()
     assert worker.done[:3] == ["evaluate", "save", "step"]
-    done = Evaluating([{"step": 5, "mask_AP": 0.1}], position=5, epochs=2)
+    done = Evaluating([{"step": 5, "epoch": 1.0, "mask_AP": 0.1}], position=5, epochs=2)
     done.go()
     assert done.done[0] == "step"
+
+
+def test_an_evaluation_is_made_good_with_another_number_of_workers_too() -> None:
+    # Two workers had gone one micro-batch beyond the epoch's end; one goes on.
+    worker = Evaluating([{"step": 5, "loss": 1.0}], position=6, epochs=3)
+    worker.saved_at = 5
+    worker.go()
+    scored = ["save", "evaluate", "save"]
+    assert worker.done == scored[1:] + ["step"] * 4 + scored + ["step"] * 5 + scored
+
+
+def test_evaluations_are_as_many_epochs_apart_as_was_asked_for() -> None:
+    worker = Evaluating([], position=0, epochs=5, eval_every=2)
+    worker.trainer.steps = 0
+    worker.go()
+    assert [p["epoch"] for p in worker.history if "loss" not in p] == [2.0, 4.0, 5.0]

@@ -12,7 +12,7 @@ import pytest
 from jobs import feed, training_set, versions
 from jobs.detect import InputError
 from jobs.storage import open_store
-from jobs.store import ChangedError, StorageError, Store
+from jobs.store import ChangedError, DamagedError, StorageError, Store
 from jobs.training_set import ROWS, TrainingSet, load, read_chunk
 from segmodel.schema import PREDICTIONS, TRAINING
 
@@ -215,7 +215,7 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, put_packed: PutPacked) -> Non
     shard.write_bytes(bytes(data))
     found = load([str(tmp_path)], None)
     read_chunk(found.chunks[0])
-    with pytest.raises(StorageError, match=r"row group 1 of .*00000000\.parquet is damaged"):
+    with pytest.raises(DamagedError, match=r"row group 1 of .*00000000\.parquet is damaged"):
         read_chunk(found.chunks[1])
 
 
