@@ -239,7 +239,8 @@ def _resolve(
 
 def _refuse_shared(annotations: Annotations, places: list[_Place]) -> None:
     # As they stand in the file: `a.jpg` and `./a.jpg` are two records.
-    written = annotations.rows["image_id"].to_pylist()
+    parts = (annotations.rows[name].to_pylist() for name in ("shard", "key"))
+    written = [f"{shard}/{key}" if shard else key for shard, key in zip(*parts, strict=True)]
     first: dict[str, int] = {}
     shared = [
         f"{written[first[place.image_id]]!r} and {written[row]!r} are {place.image_id!r}"

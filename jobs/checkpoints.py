@@ -68,7 +68,7 @@ def save(store: Store, checkpoint: Checkpoint) -> None:
     )
     store.put(path_of(checkpoint.steps), data)
     paths = sorted(found.path for found in store.list_objects(FOLDER))
-    if paths[-1] != path_of(checkpoint.steps):
+    if any(path > path_of(checkpoint.steps) for path in paths):
         return
     best = path_of(checkpoint.best["step"]) if checkpoint.best else None
     for path in paths[:-KEPT]:
