@@ -10,7 +10,7 @@ shipped bundle, on scenes. `python -m tests.bench equality` compares on few imag
 
 Photos are those of a folder that `SEGJOBS_PHOTOS` names; scenes where it names none.
 `python -m tests.bench.bench_whole trained BUNDLE FOLDER` does the same with a model of your own on the photos that it is
-for, and `python -m tests.bench.bench_whole shipped` with the shipped one alone.
+for, and `python -m tests.bench.bench_whole shipped [PRECISION...]` with the shipped one alone.
 """
 
 import os
@@ -96,7 +96,7 @@ def cases() -> tuple[Case, ...]:
         Case(
             name="small, trained",
             bundle=partial(bundles.load, DEMO_BUNDLE),
-            images=80,
+            images=240,
             few=24,
             chunk_size=4,
             scene_hw=(256, 320),
@@ -108,17 +108,20 @@ def cases() -> tuple[Case, ...]:
 def whole(repeats: int = 3) -> None:
     """Measure all, and add the rows: each way once in every turn, bf16 only where the CPU has it."""
     for case in cases():
-        _measure(case, repeats)
+        _measure(case, repeats, _precisions())
 
 
-def shipped() -> None:
-    """Measure the bundle that ships, and add the rows."""
+def shipped(*precisions: str) -> None:
+    """Measure the bundle that ships, and add the rows, of these precisions alone where some are named."""
     (case,) = (case for case in cases() if case.only_scenes)
-    _measure(case, repeats=3)
+    _measure(case, 3, precisions or _precisions())
 
 
-def _measure(case: Case, repeats: int) -> None:
-    precisions = ["fp32", "fp32-fast", *(["bf16"] if cpu_has_bf16() else [])]
+def _precisions() -> list[str]:
+    return ["fp32", "fp32-fast", *(["bf16"] if cpu_has_bf16() else [])]
+
+
+def _measure(case: Case, repeats: int, precisions: Sequence[str]) -> None:
     rates: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -144,7 +147,7 @@ def trained(bundle: Path, photos: Path) -> None:
         few=16,
         chunk_size=1,
     )
-    _measure(case, repeats=3)
+    _measure(case, 3, _precisions())
 
 
 def equality() -> None:
@@ -390,6 +393,8 @@ if __name__ == "__main__":
         "raydata": raydata,
         REFERENCE: partial(plain, threads=1),
         "trained": trained,
-        "shipped": shipped,
     }
-    ways[sys.argv[1]](*map(Path, sys.argv[2:]))
+    if sys.argv[1] == "shipped":
+        shipped(*sys.argv[2:])
+    else:
+        ways[sys.argv[1]](*map(Path, sys.argv[2:]))
