@@ -114,7 +114,13 @@ class Observer(ExecutionCallback):
             self._refuse_restarts(max(MOST_RESTARTS, 2 * pool.max_size()))
         if time.monotonic() - self._moved > CROWDED_S:
             cpus = ray.cluster_resources().get("CPU", 0.0)
-            refuse_crowd(cpus, states.count(ALIVE), pool.per_actor_resource_usage().cpu)
+            holding = states.count(ALIVE)
+            began = predict.metrics.num_tasks_finished > 0
+            if began and not states and not pending and _nothing_is_free():
+                # What the pipeline has let go of, when its last image was predicted, may live on and hold its CPUs
+                # until the pipeline is collected: seen where a machine fell silent.
+                holding = pool.max_size()
+            refuse_crowd(cpus, holding, pool.per_actor_resource_usage().cpu)
 
     def _refuse_restarts(self, most: int) -> None:
         restarts = _restarts()
@@ -181,6 +187,10 @@ def _hopeless(what: str) -> str:
         f"broken device are the usual reasons, and {log_folder()} on the nodes says more. "
         "Run the same command again to go on"
     )
+
+
+def _nothing_is_free() -> bool:
+    return bool(ray.available_resources().get("CPU", 0.0) < READ_CPUS)
 
 
 def _restarts() -> int:

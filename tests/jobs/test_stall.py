@@ -215,6 +215,23 @@ def test_actors_that_fill_the_nodes_that_are_left_stop_the_pipeline(
     assert caught.value.room == 1
 
 
+def test_actors_that_were_let_go_and_hold_all_cpus_stop_the_pipeline(
+    step: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"CPU": 0.25}
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.available_resources", lambda: free)
+    step(1, 0, states=[])
+    monkeypatch.setattr(stall, "CROWDED_S", -1)
+    # What is written has room, or actors are coming.
+    step(1, 0, states=[])
+    free.clear()
+    step(1, 0, states=[], pending=1)
+    with pytest.raises(CrowdedError, match="are all held by actors") as caught:
+        step(1, 0, states=[])
+    assert caught.value.room == 1
+
+
 @pytest.mark.parametrize(
     ("cpus", "actors", "cpus_per_actor", "room"),
     [(4, 6, 0.5, None), (4, 7, 0.5, None), (4, 8, 0.5, 7), (0.5, 1, 0.5, None), (1, 40, 0, None)],
