@@ -172,7 +172,7 @@ def _recipe(config: TrainConfig, bundle: Bundle, *, gpus: bool) -> Recipe:
     norm: Norm
     if config.norm != "auto":
         norm = config.norm
-    elif bundle.settings.norm == "frozen" or bundle.provenance.get("weights") != "random":
+    elif bundle.settings.norm == "frozen" or not initial.saw_no_data(bundle):
         norm = "frozen"
     else:
         # One worker, too, may be joined by others.

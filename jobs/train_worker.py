@@ -302,8 +302,8 @@ class _Training:
             return False
         if self.position == self.stop:
             return True
-        evaluated = [int(point["epoch"]) for point in self.history if "loss" not in point]
-        last, now = max(evaluated, default=0), self.order.epoch(self.position)
+        evaluated = (int(point["epoch"]) for point in reversed(self.history) if "loss" not in point)
+        last, now = next(evaluated, 0), self.order.epoch(self.position)
         return now // self.job.eval_every > last // self.job.eval_every
 
     def _evaluate(self, val: TrainingSet) -> None:

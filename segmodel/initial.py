@@ -79,6 +79,10 @@ class WeightsError(ValueError):
     """Weights that cannot be used, with the reason in words."""
 
 
+# Of a bundle's provenance, where nothing of its weights was learned.
+_RANDOM = {"weights": "random"}
+
+
 def numbered_categories(pairs: Sequence[tuple[int, str]]) -> tuple[Category, ...]:
     """Return categories of ids and names, labelled 1, 2, 3, ..."""
     return tuple(
@@ -92,8 +96,13 @@ def random_bundle(settings: ModelSettings, categories: Sequence[Category], seed:
         settings=settings,
         categories=tuple(categories),
         weights=_random_state(settings, seed),
-        provenance={"weights": "random", "seed": seed},
+        provenance={**_RANDOM, "seed": seed},
     )
+
+
+def saw_no_data(bundle: Bundle) -> bool:
+    """Say whether all of a bundle's weights are `random_bundle`'s, its normalisation's statistics too."""
+    return _RANDOM.items() <= bundle.provenance.items()
 
 
 def coco_bundle(arch: Architecture, min_size: int, max_size: int) -> Bundle:

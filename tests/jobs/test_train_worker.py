@@ -125,7 +125,9 @@ def test_a_feed_that_lost_its_nodes_is_started_anew(cluster: Nodes) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("error", [ValueError, TrainingError, DamagedError, ChangedError])
+@pytest.mark.parametrize(
+    "error", [ValueError, TrainingError, DamagedError, ChangedError, FileNotFoundError]
+)
 def test_only_a_failure_of_a_group_that_stands_is_final(
     ray_local: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception]
 ) -> None:
